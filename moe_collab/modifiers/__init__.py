@@ -1,0 +1,12 @@
+"""The llm-compressor side: importing this package registers our modifiers with its recipes."""
+
+from llmcompressor.modifiers import ModifierFactory
+
+from .activation_smooth import ActivationSmoothModifier
+from .expert_pruning import ExpertPruningModifier
+from .mixed_bit_alloc import MixedBitAllocModifier
+
+__all__ = ["ActivationSmoothModifier", "ExpertPruningModifier", "MixedBitAllocModifier"]
+
+for _modifier in (ExpertPruningModifier, ActivationSmoothModifier, MixedBitAllocModifier):
+    ModifierFactory.register(_modifier.__name__, _modifier)

@@ -1,0 +1,46 @@
+"""What every modifier needs: the recipe around it, its checks, and the model's state of quantization."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.quantization.utils import is_module_quantized
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+
+from ..errors import MoeCollabError
+
+__all__ = ["check_unquantized", "following_quantizers", "modifiers_of_this_pass"]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def modifiers_of_this_pass() -> list[Modifier]:
+    """The recipe's modifiers, in order; within a calibration pass, those that share the pass."""
+    return list(active_session().lifecycle.recipe.modifiers)
+
+
+def following_quantizers(modifier: Modifier) -> list[Modifier]:
+    """The quantizers that come after `modifier` in the recipe."""
+    modifiers = modifiers_of_this_pass()
+    position = next((i for i, other in enumerate(modifiers) if other is modifier), -1)
+    return [other for other in modifiers[position + 1 :] if isinstance(other, QuantizationMixin)]
+
+
+def check_unquantized(model: torch.nn.Module, who: str) -> None:
+    """Raise `MoeCollabError` if the model's weights are already quantized (block-fp8, MXFP4, GPTQ, ...)."""
+    found = getattr(model.config, "quantization_config", None)
+    method = None
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if is_module_quantized(module):
+            method = method or f"compressed-tensors at {name}"
+        elif isinstance(weight, torch.Tensor) and weight.dtype not in _FLOATS:
+            method = method or f"{weight.dtype} weights at {name}"
+        if method:
+            raise MoeCollabError(
+                f"{who}: the model is already quantized ({method}). Start from the full-precision checkpoint, "
+                "or dequantize it first with compressed-tensors' convert_checkpoint."
+            )

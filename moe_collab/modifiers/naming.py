@@ -1,0 +1,81 @@
+"""What the tensors of a live model will be called, and look like, in the saved checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..architectures import PROJECTIONS, family_of
+from ..checkpoint.sizes import TensorEntry
+
+__all__ = ["checkpoint_entries", "checkpoint_names", "use_checkpoint_names"]
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def use_checkpoint_names(model: torch.nn.Module) -> None:
+    """Make the model save its linearized experts under the names its family's checkpoints use.
+
+    llm-compressor 0.14 would save Mixtral's experts as gate_proj, up_proj and down_proj, which vLLM does
+    not know as w1, w3 and w2.
+    """
+    saved = family_of(model.config).checkpoint_projections
+    if saved == PROJECTIONS:
+        return
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_checkpoint_conversion_mapping(model.config.model_type) or []
+    # Converters would fuse the experts again; the renamings below stand in for them.
+    kept = [c for c in conversions if not isinstance(c, WeightConverter)]
+    ours = [_expert_renaming(a, b) for a, b in zip(saved, PROJECTIONS, strict=True)]
+    known = {str(c.source_patterns) for c in kept}
+    set_save_conversion_mapping(model, kept + [c for c in ours if str(c.source_patterns) not in known])
+
+
+def _expert_renaming(saved: str, live: str) -> WeightRenaming:
+    return WeightRenaming(
+        source_patterns=rf"\.experts\.(\d+)\.{saved}\.", target_patterns=rf".experts.\1.{live}."
+    )
+
+
+def checkpoint_names(model: torch.nn.Module, modules: list[str]) -> dict[str, str]:
+    """Module name -> name in the saved checkpoint."""
+    tensors = {f"{name}.weight_packed": torch.empty(i + 1, 0, device="meta") for i, name in enumerate(modules)}
+    # Each tensor's first dimension is its position, so that it is known again under its new name.
+    saved = revert_weight_conversion(model, dict(tensors))
+    return {modules[t.shape[0] - 1]: name.removesuffix(".weight_packed") for name, t in saved.items()}
+
+
+def checkpoint_entries(
+    model: torch.nn.Module, replaced: Callable[[str, torch.nn.Module], list[TensorEntry] | None]
+) -> list[TensorEntry]:
+    """Every tensor that `save_pretrained` will write, in its order.
+
+    `replaced(module name, module)` gives the tensors that stand for a quantized module, None for others.
+    """
+    meta: dict[str, torch.Tensor] = {}
+    substitutes = {name: replaced(name, module) for name, module in model.named_modules()}
+    for name, tensor in remove_tied_weights_from_state_dict(model.state_dict(), model).items():
+        entries = substitutes.get(name.rpartition(".")[0])
+        if entries is None:
+            meta[name] = torch.empty_like(tensor, device="meta")
+        else:
+            meta.update({e.name: torch.empty(e.shape, dtype=_TORCH[e.dtype], device="meta") for e in entries})
+    saved = revert_weight_conversion(model, meta)
+    return [TensorEntry(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in saved.items()]

@@ -1,0 +1,196 @@
+"""From measured costs to a `CompressionPlan` whose checkpoint size is known to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from loguru import logger
+
+from ..allocation import Item, Option, allocate, back_off, parse_bytes, smallest_bytes
+from ..allocation.budget import format_bytes
+from ..architectures import MoEModel, describe
+from ..checkpoint.sizes import TensorEntry, checkpoint_bytes, quantized_entries
+from ..errors import MoeCollabError
+from ..plan import CompressionPlan, fingerprint
+from .naming import checkpoint_entries
+from .sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from .mixed_bit_alloc import MixedBitAllocModifier
+
+__all__ = ["Planner", "model_fingerprint"]
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Changes with the model's tensors (names, shapes) and with its routers' weights."""
+    moe = describe(model)
+    routers = hashlib.sha256()
+    for layer in moe.layers:
+        routers.update(layer.router.weight.detach().float().cpu().numpy().tobytes())
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return fingerprint({"shapes": shapes, "routers": routers.hexdigest(), "top_k": moe.top_k})
+
+
+class Planner:
+    """Searches the allocation for one model, one set of costs and the fields of one modifier."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        moe: MoEModel,
+        targets: list[tuple[str, torch.nn.Linear]],
+        sensitivity: Sensitivity,
+        recipe: MixedBitAllocModifier,
+    ) -> None:
+        self._model, self._moe, self._recipe = model, moe, recipe
+        self._modules = dict(targets)
+        self._sensitivity = sensitivity
+        self._experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(self._modules)
+        self._groups = self._grouped()
+        self._items = [self._item(name, members) for name, members in self._groups.items()]
+
+    def plan(self, model: str, recipe: str) -> CompressionPlan:
+        """Allocate under the recipe's budget. Raises `MoeCollabError` with the bytes needed if it cannot be met."""
+        budget = None
+        if self._recipe.budget is not None:
+            budget = parse_bytes(self._recipe.budget)
+            choice = self._fit_file_size(budget)
+        else:
+            choice = self._fit_bpw(self._recipe.bpw or 0.0)
+        bits = self._bits(choice)
+        return CompressionPlan(
+            model_fingerprint=model,
+            recipe_fingerprint=recipe,
+            num_experts=self._moe.num_experts,
+            num_experts_per_tok=self._moe.top_k,
+            group_size=self._recipe.group_size,
+            symmetric=self._recipe.symmetric,
+            budget_bytes=budget,
+            budget_bpw=self._recipe.bpw,
+            predicted_bytes=self._file_size(bits),
+            expert_bpw=self._expert_bpw(bits),
+            predicted_error=sum(i.options[c].cost for i, c in zip(self._items, choice, strict=True)),
+            num_bits=bits,
+            routed_tokens=self._sensitivity.routed_tokens,
+        )
+
+    def report(self, plan: CompressionPlan) -> None:
+        """Say what was decided, and which experts the calibration data hardly reached."""
+        counts = Counter(plan.num_bits[name] for name in self._experts)
+        spread = ", ".join(f"{n} at {b} bits" for b, n in sorted(counts.items()))
+        logger.info(
+            "MixedBitAllocModifier: expert tensors {}; {:.3f} bpw, checkpoint {}",
+            spread,
+            plan.expert_bpw,
+            format_bytes(plan.predicted_bytes),
+        )
+        for layer, tokens in plan.routed_tokens.items():
+            unseen = [expert for expert, count in enumerate(tokens) if count == 0]
+            if unseen:
+                logger.warning("{}: no calibration token was routed to experts {}", layer, unseen)
+
+    def _grouped(self) -> dict[str, list[str]]:
+        """Item name -> modules that get one bit-width; what `fixed` names stands alone."""
+        groups: dict[str, list[str]] = {}
+        granularity = self._recipe.granularity
+        for layer in self._moe.layers:
+            for name, expert, projection, _ in layer.projections():
+                if name not in self._modules:
+                    continue
+                half = "down" if projection == "down_proj" else "gate_up"
+                key = {"expert": f"{layer.name}.{expert}", "layer": layer.name}.get(
+                    granularity, f"{layer.name}.{expert}.{half}"
+                )
+                fixed = self._recipe._fixed_bits(name)
+                groups.setdefault(key if fixed is None else name, []).append(name)
+        for name in self._modules.keys() - self._experts:
+            groups[name] = [name]
+        return groups
+
+    def _item(self, name: str, members: list[str]) -> Item:
+        fixed = self._recipe._fixed_bits(members[0])
+        options = []
+        for bits in [fixed] if fixed is not None else self._recipe.bits:
+            size = sum(self._stored_bytes(m, bits) + self._header_bytes(m, bits) for m in members)
+            cost = sum(self._sensitivity.costs.get(m, {}).get(bits, 0.0) for m in members)
+            options.append(Option(bits, size, cost))
+        return Item.of(name, options)
+
+    def _entries(self, name: str, bits: int) -> list[TensorEntry]:
+        module = self._modules[name]
+        if bits == 16:
+            return [TensorEntry(f"{name}.weight", "BF16", tuple(module.weight.shape))]
+        recipe = self._recipe
+        size = recipe.group_size if recipe.group_size != -1 else module.in_features
+        entries = quantized_entries(name, tuple(module.weight.shape), bits, size, recipe.symmetric)
+        if module.bias is not None:
+            entries.append(TensorEntry(f"{name}.bias", "BF16", tuple(module.bias.shape)))
+        return entries
+
+    def _stored_bytes(self, name: str, bits: int) -> int:
+        return sum(entry.nbytes for entry in self._entries(name, bits))
+
+    def _header_bytes(self, name: str, bits: int) -> int:
+        # About what a tensor takes in the file's JSON header: names, shape, two offsets of nine digits.
+        return sum(len(entry.name) + 70 for entry in self._entries(name, bits))
+
+    def _bits(self, choice: list[int]) -> dict[str, int]:
+        chosen = {}
+        for item, index, members in zip(self._items, choice, self._groups.values(), strict=True):
+            chosen.update(dict.fromkeys(members, item.options[index].num_bits))
+        return dict(sorted(chosen.items()))
+
+    def _file_size(self, bits: dict[str, int]) -> int:
+        def replaced(name: str, _module: torch.nn.Module) -> list[TensorEntry] | None:
+            return self._entries(name, bits[name]) if bits.get(name, 16) != 16 else None
+
+        return checkpoint_bytes(checkpoint_entries(self._model, replaced))
+
+    def _fit_file_size(self, budget: int) -> list[int]:
+        smallest = [0] * len(self._items)
+        floor = self._file_size(self._bits(smallest))
+        if floor > budget:
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.budget: {format_bytes(budget)} is too small; with bits {self._recipe.bits} and "
+                f"group_size {self._recipe.group_size} the checkpoint needs at least {format_bytes(floor)}. Raise the "
+                "budget, offer fewer bits, or prune experts first."
+            )
+        best = smallest
+        room = smallest_bytes(self._items) + budget - floor
+        for _ in range(4):
+            choice = allocate(self._items, max(room, smallest_bytes(self._items)))
+            # The header's digits depend on the choice, so the exact size is known only now.
+            while (excess := self._file_size(self._bits(choice)) - budget) > 0:
+                choice = back_off(self._items, choice, excess)
+            if self._cost(choice) < self._cost(best):
+                best = choice
+            room -= excess
+        return best
+
+    def _fit_bpw(self, bpw: float) -> list[int]:
+        sizes = [Item(i.name, tuple(self._without_header(i, m) for m in range(len(i.options)))) for i in self._items]
+        of_experts = [i for i, members in zip(sizes, self._groups.values(), strict=True) if members[0] in self._experts]
+        weights = sum(self._modules[name].weight.numel() for name in self._experts)
+        needed = 8 * smallest_bytes(of_experts) / weights
+        if needed > bpw:
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.bpw: {bpw} is too small; bits {self._recipe.bits} with group_size "
+                f"{self._recipe.group_size} need at least {needed:.4f} bits per weight, scales included."
+            )
+        rest = smallest_bytes(sizes) - smallest_bytes(of_experts)
+        return allocate(sizes, int(bpw * weights / 8) + rest)
+
+    def _without_header(self, item: Item, index: int) -> Option:
+        option = item.options[index]
+        size = sum(self._stored_bytes(m, option.num_bits) for m in self._groups[item.name])
+        return Option(option.num_bits, size, option.cost)
+
+    def _cost(self, choice: list[int]) -> float:
+        return sum(item.options[index].cost for item, index in zip(self._items, choice, strict=True))
+
+    def _expert_bpw(self, bits: dict[str, int]) -> float:
+        stored = sum(self._stored_bytes(name, bits[name]) for name in self._experts)
+        return 8 * stored / sum(self._modules[name].weight.numel() for name in self._experts)

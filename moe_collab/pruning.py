@@ -1,0 +1,61 @@
+"""Performance-aware expert pruning: importance criteria and group-aware selection."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .architectures import MoEModel
+from .errors import MoeCollabError
+from .statistics import RouterStatistics
+
+__all__ = ["importance", "kept_experts", "scaled_top_k", "target_num_experts"]
+
+
+def importance(statistics: RouterStatistics, alpha: float) -> torch.Tensor:
+    """I_e = alpha * f_e + (1 - alpha) * s_e, [num_experts] (arXiv 2509.25689, section 2)."""
+    return alpha * statistics.frequency + (1 - alpha) * statistics.mean_weight
+
+
+def target_num_experts(moe: MoEModel, retention: float | None, num_experts: int | None) -> int:
+    """Experts to keep per layer: ceil(retention * E) or `num_experts`, rounded up to whole routing groups.
+
+    Raises `MoeCollabError` when the groups are unequal or the router could no longer choose `top_k` experts.
+    """
+    total, groups = moe.num_experts, moe.n_group
+    if total % groups:
+        raise MoeCollabError(f"config.json: {total} experts do not divide into n_group = {groups} equal groups.")
+    # The small term keeps 0.75 * 256 from becoming 193 through floating point.
+    wanted = num_experts if num_experts is not None else math.ceil((retention or 1.0) * total - 1e-9)
+    kept = math.ceil(wanted / groups) * groups
+    key = "num_experts" if num_experts is not None else "retention"
+    if kept > total:
+        raise MoeCollabError(f"ExpertPruningModifier.{key}: cannot keep {kept} of {total} experts.")
+    if moe.reachable(kept) < moe.top_k:
+        raise MoeCollabError(
+            f"ExpertPruningModifier.{key}: {kept} experts leave {moe.reachable(kept)} that a token can reach, "
+            f"fewer than the {moe.top_k} activated per token. Keep more experts or lower num_experts_per_tok first."
+        )
+    if groups > 1 and kept // groups < 2:
+        raise MoeCollabError(
+            f"ExpertPruningModifier.{key}: {kept} experts are {kept // groups} per routing group, but a group's "
+            f"score is the sum of its top 2. Keep at least {2 * groups} experts."
+        )
+    return kept
+
+
+def kept_experts(scores: torch.Tensor, num_kept: int, n_group: int = 1) -> list[int]:
+    """Ascending indices of the `num_kept` highest of `scores` [num_experts], equally many from each group.
+
+    Ties go to the lower index, so that equal inputs always give equal plans.
+    """
+    per_group = num_kept // n_group
+    order = scores.reshape(n_group, -1).argsort(dim=-1, descending=True, stable=True)
+    offsets = torch.arange(n_group)[:, None] * (scores.numel() // n_group)
+    return (order[:, :per_group] + offsets).flatten().sort().values.tolist()
+
+
+def scaled_top_k(top_k: int, num_experts: int, num_kept: int) -> int:
+    """Activated experts in proportion to the experts kept, rounded half up, at least 1."""
+    return max(1, (2 * top_k * num_kept + num_experts) // (2 * num_experts))
