@@ -13,7 +13,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..architectures import PROJECTIONS, family_of
 from ..checkpoint.sizes import TensorEntry
 
-__all__ = ["checkpoint_entries", "checkpoint_names", "use_checkpoint_names"]
+__all__ = ["checkpoint_entries", "checkpoint_names", "entry_of", "use_checkpoint_names"]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -78,4 +78,9 @@ def checkpoint_entries(
         else:
             meta.update({e.name: torch.empty(e.shape, dtype=_TORCH[e.dtype], device="meta") for e in entries})
     saved = revert_weight_conversion(model, meta)
-    return [TensorEntry(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in saved.items()]
+    return [entry_of(name, tensor) for name, tensor in saved.items()]
+
+
+def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
+    """`tensor` as a checkpoint will list it."""
+    return TensorEntry(name, _DTYPES[tensor.dtype], tuple(tensor.shape))

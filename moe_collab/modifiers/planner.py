@@ -15,7 +15,7 @@ from ..architectures import MoEModel, describe
 from ..checkpoint.sizes import TensorEntry, checkpoint_bytes, quantized_entries
 from ..errors import MoeCollabError
 from ..plan import CompressionPlan, fingerprint
-from .naming import checkpoint_entries
+from .naming import checkpoint_entries, entry_of
 from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -122,12 +122,14 @@ class Planner:
     def _entries(self, name: str, bits: int) -> list[TensorEntry]:
         module = self._modules[name]
         if bits == 16:
-            return [TensorEntry(f"{name}.weight", "BF16", tuple(module.weight.shape))]
+            return [entry_of(f"{name}.weight", module.weight)]
         recipe = self._recipe
         size = recipe.group_size if recipe.group_size != -1 else module.in_features
-        entries = quantized_entries(name, tuple(module.weight.shape), bits, size, recipe.symmetric)
+        dtype = entry_of("", module.weight).dtype
+        shape = tuple(module.weight.shape)
+        entries = quantized_entries(name, shape, bits, size, recipe.symmetric, scale_dtype=dtype)
         if module.bias is not None:
-            entries.append(TensorEntry(f"{name}.bias", "BF16", tuple(module.bias.shape)))
+            entries.append(entry_of(f"{name}.bias", module.bias))
         return entries
 
     def _stored_bytes(self, name: str, bits: int) -> int:

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: exact sizes, compact targets, safe replacement, verification, loading."""

@@ -1,0 +1,69 @@
+"""Config groups whose targets are few, anchored, disjoint regexes.
+
+The matchers of compressed-tensors and vLLM try every target on every module: exact names took 67 s for 3,072
+modules where regexes took 2.2 s, and DeepSeek-V3 has 44,544.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["compact_targets", "config_groups", "write_quantization_config"]
+
+_EXPERT = re.compile(r"^(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)$")
+
+
+def compact_targets(names: Iterable[str]) -> list[str]:
+    """Anchored regexes ("re:^...$") that match exactly `names`, each name by one of them."""
+    targets = []
+    experts: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in sorted(set(names)):
+        if match := _EXPERT.match(name):
+            experts[match["layer"]][int(match["index"])].add(match["projection"])
+        else:
+            targets.append(f"re:^{_escape(name)}$")
+    for layer, by_index in experts.items():
+        alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for index, projections in sorted(by_index.items()):
+            alike[tuple(sorted(projections))].append(index)
+        for projections, indices in alike.items():
+            targets.append(f"re:^{_escape(layer)}\\.({'|'.join(map(str, indices))})\\.({'|'.join(projections)})$")
+    return targets
+
+
+def _escape(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def config_groups(schemes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Module name -> scheme, as `config_groups`: one group per layer and scheme, disjoint."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    described: dict[str, Mapping[str, Any]] = {}
+    for name, scheme in schemes.items():
+        key = json.dumps(scheme, sort_keys=True)
+        described[key] = scheme
+        match = _EXPERT.match(name)
+        alike[match["layer"] if match else "", key].append(name)
+    return {
+        f"group_{i}": {**described[key], "targets": compact_targets(names)}
+        for i, ((_, key), names) in enumerate(alike.items())
+    }
+
+
+def write_quantization_config(
+    directory: Path, schemes: Mapping[str, Mapping[str, Any]], unquantized: Iterable[str]
+) -> None:
+    """Replace the config groups and ignore list in `directory/config.json` by compact ones."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config["quantization_config"]
+    quantization["config_groups"] = config_groups(schemes)
+    quantization["ignore"] = compact_targets(unquantized)
+    bits = {json.dumps(s["weights"], sort_keys=True) for s in schemes.values()}
+    quantization["format"] = "mixed-precision" if len(bits) > 1 else "pack-quantized"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

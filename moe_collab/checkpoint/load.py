@@ -1,0 +1,49 @@
+"""Compressed checkpoints in transformers, dequantized; neither llm-compressor nor vLLM is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import MoeCollabError
+from .reader import Checkpoint
+
+__all__ = ["load", "write_dense_twin"]
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: Any) -> Any:
+    """A transformers causal language model with the checkpoint's dequantized weights.
+
+    `dtype` None keeps the checkpoint's. Raises `MoeCollabError` if a tensor is missing, unknown to the model,
+    or unreadable; no weight is ever left at its random start.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder:
+        write_dense_twin(path, folder)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, **from_pretrained
+        )
+    model.config._name_or_path = str(path)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            raise MoeCollabError(f"{path}: {kind.replace('_', ' ')} when loading: {sorted(map(str, report[kind]))[:5]}")
+    return model.eval()
+
+
+def write_dense_twin(path: str | Path, output: str | Path) -> None:
+    """Write the same model unquantized: what the compressed checkpoint at `path` computes with."""
+    checkpoint, output = Checkpoint(path), Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(checkpoint.dense_tensors(), output / "model.safetensors", metadata={"format": "pt"})
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in checkpoint.path.glob("*.json"):
+        if file.name not in ("config.json", "model.safetensors.index.json"):
+            shutil.copy2(file, output / file.name)

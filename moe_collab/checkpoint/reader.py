@@ -1,0 +1,144 @@
+"""A compressed-tensors checkpoint, opened lazily, with errors that name the file and the tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import MoeCollabError
+from ..formats import dequantize, unpack
+
+__all__ = ["Checkpoint", "Quantized", "SUFFIXES"]
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One quantized weight: codes int8 [rows, columns], scale and zero point [rows, groups]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    g_idx: torch.Tensor | None
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight [rows, columns], in the scale's dtype."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.g_idx)
+
+
+class Checkpoint:
+    """Names, schemes and tensors of the checkpoint in a directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise MoeCollabError(f"{self.path}/config.json: cannot be read ({error}). Is this a checkpoint?") from error
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, Path] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            self._open(file)
+        self._check_index()
+        self._patterns = self._compile()
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise MoeCollabError(f"{file}: truncated or no safetensors file ({error}). Copy or make it again.") from error
+        self._files[file.name] = handle
+        self._where.update(dict.fromkeys(handle.keys(), file))
+
+    def _check_index(self) -> None:
+        index = self.path / "model.safetensors.index.json"
+        expected = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+        missing = sorted(expected.keys() - self._where.keys())
+        if missing or not self._where:
+            what = f"tensors {missing[:5]} named in {index.name}" if missing else "*.safetensors files"
+            raise MoeCollabError(f"{self.path}: {what} are missing. Copy or make the checkpoint again.")
+
+    def _compile(self) -> dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]]:
+        """Targets by the layer prefix they can match, so that a module is tried on few of them."""
+        patterns: dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]] = defaultdict(list)
+        quantization = self.config.get("quantization_config") or {}
+        for group in quantization.get("config_groups", {}).values():
+            for target in group["targets"]:
+                if target.startswith("re:"):
+                    pattern = re.compile(target[3:])
+                else:
+                    pattern = re.compile(rf"^{re.escape(target)}$")
+                literal = re.match(r"re:\^((?:[\w]|\\\.)*?layers\\\.\d+)\\\.", target)
+                patterns[literal[1].replace("\\", "") if literal else ""].append((pattern, group))
+        return patterns
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._where)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor. Raises `MoeCollabError` if it is missing or its file is broken."""
+        if name not in self._where:
+            raise MoeCollabError(f"{self.path}: tensor {name} is missing. Copy or make the checkpoint again.")
+        try:
+            return self._files[self._where[name].name].get_tensor(name)
+        except SafetensorError as error:
+            raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
+
+    def quantized_modules(self) -> list[str]:
+        """Names of the modules stored packed."""
+        return [n.removesuffix(".weight_packed") for n in self._where if n.endswith(".weight_packed")]
+
+    def scheme(self, module: str) -> dict[str, Any] | None:
+        """The config group that targets `module`, None if it is not quantized."""
+        layer = re.match(r"(.*?layers\.\d+)\.", module)
+        for key in {layer[1] if layer else "", ""}:
+            for pattern, group in self._patterns.get(key, ()):
+                if pattern.match(module):
+                    return group
+        return None
+
+    def quantized(self, module: str) -> Quantized:
+        """Codes and scales of a packed module. Raises `MoeCollabError` for formats we cannot read."""
+        group = self.scheme(module)
+        if group is None:
+            raise MoeCollabError(f"{module}.weight_packed: no config group in config.json targets it.")
+        layout = group.get("format") or self.config["quantization_config"].get("format")
+        weights = group["weights"]
+        if layout != "pack-quantized" or weights["type"] != "int" or not 2 <= weights["num_bits"] <= 8:
+            raise MoeCollabError(f"{module}: format {layout} with {weights['num_bits']} bits is not one we can read.")
+        bits = weights["num_bits"]
+        scale = self.tensor(f"{module}.weight_scale")
+        shape = tuple(self.tensor(f"{module}.weight_shape").tolist())
+        optional = {s: self.tensor(f"{module}.{s}") for s in SUFFIXES[3:] if f"{module}.{s}" in self._where}
+        zero_point = optional.get("weight_zero_point")
+        if (zero_point is None) != bool(weights.get("symmetric", True)):
+            raise MoeCollabError(f"{module}.weight_zero_point: contradicts `symmetric` in config.json.")
+        try:
+            if zero_point is not None:
+                zero_point = unpack(zero_point, bits, tuple(scale.shape), packed_dim=0)
+            codes = unpack(self.tensor(f"{module}.weight_packed"), bits, shape)
+        except MoeCollabError as error:
+            raise MoeCollabError(f"{module}: {error}") from error
+        return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))
+
+    def dense_tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the checkpoint's dequantized twin, by name."""
+        packed = set(self.quantized_modules())
+        dense = {}
+        for name in self._where:
+            module, _, suffix = name.rpartition(".")
+            if module in packed and suffix in SUFFIXES:
+                if suffix == "weight_packed":
+                    dense[f"{module}.weight"] = self.quantized(module).dequantized().contiguous()
+            else:
+                dense[name] = self.tensor(name)
+        return dense

@@ -1,0 +1,83 @@
+"""The size of safetensors files, to the byte, before they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["TensorEntry", "checkpoint_bytes", "quantized_entries", "safetensors_bytes"]
+
+# The order in which the safetensors writer sorts dtypes: by alignment, largest first.
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
+_BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_RANK = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64"]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor as a safetensors header lists it; `dtype` as in safetensors (`BF16`, `I32`, ...)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+
+def safetensors_bytes(entries: Iterable[TensorEntry], metadata: dict[str, str] | None = None) -> int:
+    """Size of one file: 8 bytes, the JSON header padded to a multiple of 8, the data."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+    offset = 0
+    # Offsets have more digits the later a tensor lies, so the writer's order matters.
+    for entry in sorted(entries, key=lambda e: (-_RANK.index(e.dtype), e.name)):
+        end = offset + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + math.ceil(len(text) / 8) * 8 + offset
+
+
+def checkpoint_bytes(entries: Sequence[TensorEntry], max_shard_size: int = 20_000_000_000) -> int:
+    """Size of all `*.safetensors` files of a checkpoint, cut as transformers cuts it: in order, greedily."""
+    shards: list[list[TensorEntry]] = []
+    current: list[TensorEntry] = []
+    size = 0
+    for entry in entries:
+        if entry.nbytes > max_shard_size:
+            shards.append([entry])
+            continue
+        if size + entry.nbytes > max_shard_size:
+            shards.append(current)
+            current, size = [], 0
+        current.append(entry)
+        size += entry.nbytes
+    if current:
+        shards.append(current)
+    return sum(safetensors_bytes(shard) for shard in shards)
+
+
+def quantized_entries(
+    name: str,
+    shape: tuple[int, ...],
+    num_bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str = "BF16",
+) -> list[TensorEntry]:
+    """What stands in a `pack-quantized` checkpoint for module `name` with a weight of `shape` [rows, columns]."""
+    rows, columns = shape
+    groups = columns // group_size
+    entries = [
+        TensorEntry(f"{name}.weight_packed", "I32", (rows, math.ceil(columns * num_bits / 32))),
+        TensorEntry(f"{name}.weight_scale", scale_dtype, (rows, groups)),
+        TensorEntry(f"{name}.weight_shape", "I64", (2,)),
+    ]
+    if not symmetric:
+        words = math.ceil(rows * num_bits / 32)
+        entries.append(TensorEntry(f"{name}.weight_zero_point", "I32", (words, groups)))
+    return entries

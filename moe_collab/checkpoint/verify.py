@@ -1,0 +1,70 @@
+"""After saving: is what lies on disk what the quantizer produced?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import MoeCollabError
+from .reader import Checkpoint, Quantized
+
+__all__ = ["Fingerprint", "fingerprint", "tensor_digest", "verify"]
+
+Fingerprint = str
+"""A short digest of a module's codes, scales and zero points, or of an unquantized tensor."""
+
+
+def tensor_digest(tensor: torch.Tensor) -> Fingerprint:
+    """Digest of a tensor's dtype, shape and bytes."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> Fingerprint:
+    """Digest of a quantized weight; `zero_point` None for symmetric schemes."""
+    parts = [codes, scale] + ([] if zero_point is None else [zero_point.to(torch.int8)])
+    return ".".join(tensor_digest(part) for part in parts)
+
+
+def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[str, Fingerprint]) -> None:
+    """Reopen the checkpoint and compare it with what was to be saved.
+
+    `expected`: packed module -> fingerprint; `plain`: unquantized tensor -> digest. Raises `MoeCollabError` that
+    lists the first mismatches by tensor.
+    """
+    checkpoint = Checkpoint(directory)
+    problems: list[str] = []
+    stored = set(checkpoint.quantized_modules())
+    problems += [f"{name}: was quantized but is not stored packed" for name in sorted(expected.keys() - stored)]
+    problems += [f"{name}: is stored packed but was not quantized" for name in sorted(stored - expected.keys())]
+    for name in sorted(expected.keys() & stored):
+        try:
+            weight = checkpoint.quantized(name)
+        except MoeCollabError as error:
+            problems.append(str(error))
+            continue
+        if fingerprint(weight.codes, weight.scale, weight.zero_point) != expected[name]:
+            problems.append(f"{name}: differs from what the quantizer produced")
+        elif problem := _unsound(weight):
+            problems.append(f"{name}: {problem}")
+    names = set(checkpoint.names())
+    for name, digest in plain.items():
+        if name not in names:
+            problems.append(f"{name}: is missing")
+        elif tensor_digest(checkpoint.tensor(name)) != digest:
+            problems.append(f"{name}: differs from the model's")
+    if problems:
+        listed = "\n  ".join(problems[:10])
+        raise MoeCollabError(f"the saved checkpoint is wrong in {len(problems)} places; it was discarded:\n  {listed}")
+
+
+def _unsound(weight: Quantized) -> str | None:
+    if not torch.isfinite(weight.scale).all():
+        return "has scales that are NaN or infinite"
+    if not weight.dequantized().any():
+        return "is all zero"
+    return None

@@ -1,0 +1,28 @@
+"""From integer codes back to weights."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["dequantize"]
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    g_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(codes - zero_point) * scale in the scale's dtype, [rows, columns].
+
+    `codes` [rows, columns]; `scale` and `zero_point` [rows, groups]; `g_idx` [columns] names each column's group,
+    without it groups are runs of columns / groups.
+    """
+    rows, columns = codes.shape
+    if g_idx is None:
+        g_idx = torch.arange(columns, device=codes.device) // (columns // scale.shape[1])
+    group = g_idx.long()
+    values = codes.to(scale.dtype)
+    if zero_point is not None:
+        values = values - zero_point.to(scale.dtype)[:, group]
+    return values * scale[:, group]
