@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
     """
     from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder:
+    with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, _stock_conversions():
         write_dense_twin(path, folder)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, **from_pretrained
@@ -35,6 +37,19 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
         if report.get(kind):
             raise MoeCollabError(f"{path}: {kind.replace('_', ' ')} when loading: {sorted(map(str, report[kind]))[:5]}")
     return model.eval()
+
+
+@contextmanager
+def _stock_conversions() -> Iterator[None]:
+    """llm-compressor's load_context() replaces, for the whole process, how transformers fuses experts."""
+    from transformers import conversion_mapping
+
+    replaced = conversion_mapping._checkpoint_conversion_mapping_cache
+    conversion_mapping._checkpoint_conversion_mapping_cache = None
+    try:
+        yield
+    finally:
+        conversion_mapping._checkpoint_conversion_mapping_cache = replaced
 
 
 def write_dense_twin(path: str | Path, output: str | Path) -> None:

@@ -3,10 +3,12 @@
 from llmcompressor.modifiers import ModifierFactory
 
 from .activation_smooth import ActivationSmoothModifier
+from .compat import survive_missing_torchvision
 from .expert_pruning import ExpertPruningModifier
 from .mixed_bit_alloc import MixedBitAllocModifier
 
 __all__ = ["ActivationSmoothModifier", "ExpertPruningModifier", "MixedBitAllocModifier"]
 
+survive_missing_torchvision()
 for _modifier in (ExpertPruningModifier, ActivationSmoothModifier, MixedBitAllocModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)
