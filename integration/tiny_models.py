@@ -53,6 +53,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 128,
         "routed_scaling_factor": 2.5,
         "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0,
     },
 }
 TINY_FAMILIES = tuple(_FAMILIES)

@@ -28,7 +28,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, _stock_conversions():
-        write_dense_twin(path, folder)
+        write_dense_twin(path, folder, dtype)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, **from_pretrained
         )
@@ -52,11 +52,14 @@ def _stock_conversions() -> Iterator[None]:
         conversion_mapping._checkpoint_conversion_mapping_cache = replaced
 
 
-def write_dense_twin(path: str | Path, output: str | Path) -> None:
-    """Write the same model unquantized: what the compressed checkpoint at `path` computes with."""
+def write_dense_twin(path: str | Path, output: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the same model unquantized: what the compressed checkpoint at `path` computes with.
+
+    Dequantized weights get `dtype`, or else that of their scales; other tensors stay as they are.
+    """
     checkpoint, output = Checkpoint(path), Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    save_file(checkpoint.dense_tensors(), output / "model.safetensors", metadata={"format": "pt"})
+    save_file(checkpoint.dense_tensors(dtype), output / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in checkpoint.path.glob("*.json"):

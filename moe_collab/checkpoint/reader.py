@@ -29,9 +29,9 @@ class Quantized:
     zero_point: torch.Tensor | None
     g_idx: torch.Tensor | None
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight [rows, columns], in the scale's dtype."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.g_idx)
+    def dequantized(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight [rows, columns], in `dtype` or else the scale's."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.g_idx, dtype)
 
 
 class Checkpoint:
@@ -130,15 +130,15 @@ class Checkpoint:
             raise MoeCollabError(f"{module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))
 
-    def dense_tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the checkpoint's dequantized twin, by name."""
+    def dense_tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """All tensors of the checkpoint's twin, by name, dequantized to `dtype` or else their scales'."""
         packed = set(self.quantized_modules())
         dense = {}
         for name in self._where:
             module, _, suffix = name.rpartition(".")
             if module in packed and suffix in SUFFIXES:
                 if suffix == "weight_packed":
-                    dense[f"{module}.weight"] = self.quantized(module).dequantized().contiguous()
+                    dense[f"{module}.weight"] = self.quantized(module).dequantized(dtype).contiguous()
             else:
                 dense[name] = self.tensor(name)
         return dense

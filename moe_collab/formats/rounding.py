@@ -12,17 +12,18 @@ def dequantize(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None = None,
     g_idx: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(codes - zero_point) * scale in the scale's dtype, [rows, columns].
+    """(codes - zero_point) * scale, [rows, columns], computed in float32 and rounded once to `dtype`.
 
     `codes` [rows, columns]; `scale` and `zero_point` [rows, groups]; `g_idx` [columns] names each column's group,
-    without it groups are runs of columns / groups.
+    without it groups are runs of columns / groups. `dtype` None is the scale's.
     """
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     if g_idx is None:
         g_idx = torch.arange(columns, device=codes.device) // (columns // scale.shape[1])
     group = g_idx.long()
-    values = codes.to(scale.dtype)
+    values = codes.float()
     if zero_point is not None:
-        values = values - zero_point.to(scale.dtype)[:, group]
-    return values * scale[:, group]
+        values = values - zero_point.float()[:, group]
+    return (values * scale.float()[:, group]).to(dtype or scale.dtype)

@@ -1,0 +1,84 @@
+"""Which checkpoints are ours, and which layers of them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.platforms import current_platform
+
+from .experts import ExpertSchemes, MixedBitMoEMethod
+
+__all__ = ["NAME", "MoeCollabConfig", "needs_this_package"]
+
+NAME = "moe_collab"
+
+
+class MoeCollabConfig(CompressedTensorsConfig):
+    """compressed-tensors with routed experts of any mix of bits; every other layer is vLLM's own."""
+
+    def get_name(self) -> str:
+        """The registry name."""
+        return NAME
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take a checkpoint only if stock vLLM cannot serve it on this platform, or the user asks for us."""
+        if hf_quant_cfg.get("quant_method") != "compressed-tensors":
+            return None
+        if user_quant == NAME or (user_quant in (None, "compressed-tensors") and needs_this_package(hf_quant_cfg)):
+            return NAME
+        return None
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Our method for routed experts, the parent's for everything else."""
+        if isinstance(layer, RoutedExperts):
+            return MixedBitMoEMethod(layer.moe_config, self._expert_schemes(layer, prefix))
+        return super().get_quant_method(layer, prefix)
+
+    def _expert_schemes(self, layer: RoutedExperts, prefix: str) -> ExpertSchemes:
+        self._add_fused_moe_to_target_scheme_map()
+        projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        table = []
+        for expert in range(layer.moe_config.num_logical_experts):
+            found = [self.get_scheme_dict(layer, f"{prefix}.{expert}.{p}") for p in projections]
+            table.append(tuple(f["weights"] if f else None for f in found))
+        return ExpertSchemes(prefix, projections, table)
+
+
+def needs_this_package(quantization: dict[str, Any]) -> bool:
+    """Whether stock vLLM lacks a kernel for the routed experts of this `quantization_config`.
+
+    It has none for experts that differ within a layer, and none for packed integers other than 4 and 8 bits.
+    On CPUs it has one only for 4 bits, and only where the CPU has AMX (vLLM 0.32, int_wna16 oracle).
+    """
+    schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+    for group in quantization.get("config_groups", {}).values():
+        weights = group.get("weights") or {}
+        if (group.get("format") or quantization.get("format")) != "pack-quantized":
+            weights = {}
+        keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
+        for layer in filter(None, map(_expert_layer, group.get("targets", []))):
+            schemes[layer].add(tuple(weights.get(key) for key in keys))
+    for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
+        schemes[layer].add((16,))
+    if all(len(found) == 1 and (16,) in found for found in schemes.values()):
+        return False
+    mixed = any(len(found) > 1 for found in schemes.values())
+    bits = {found[0] for layer in schemes.values() for found in layer} - {16, None}
+    stock = {4, 8}
+    if current_platform.is_cpu():
+        stock = {4} if torch.cpu._is_amx_tile_supported() else set()
+    return bool(bits) and (mixed or not bits <= stock)
+
+
+def _expert_layer(target: str) -> str | None:
+    """The part of a target before `experts`, which tells layers apart; None if it names no routed expert."""
+    match = re.search(r"(?<!shared_)experts\b", target)
+    return target[: match.start()] or "*" if match else None
