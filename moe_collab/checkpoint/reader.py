@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import MoeCollabError
 from ..formats import dequantize, unpack
 
-__all__ = ["Checkpoint", "Quantized", "SUFFIXES"]
+__all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
@@ -54,7 +54,9 @@ class Checkpoint:
         try:
             handle = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise MoeCollabError(f"{file}: truncated or no safetensors file ({error}). Copy or make it again.") from error
+            raise MoeCollabError(
+                f"{file}: truncated or no safetensors file ({error}). Copy or make it again."
+            ) from error
         self._files[file.name] = handle
         self._where.update(dict.fromkeys(handle.keys(), file))
 

@@ -91,6 +91,8 @@ def _check(
             f"for x {list(x.shape)} [tokens, hidden]."
         )
     if table.dtype != torch.int64 or table.shape[1:] != (3, len(Field)):
-        raise MoeCollabError(f"table: int64 [experts, 3, {len(Field)}] expected, got {table.dtype} {list(table.shape)}.")
+        raise MoeCollabError(
+            f"table: int64 [experts, 3, {len(Field)}] expected, got {table.dtype} {list(table.shape)}."
+        )
     if codes.dtype != torch.int32:
         raise MoeCollabError(f"codes: int32 expected, got {codes.dtype}.")

@@ -49,9 +49,7 @@ def use_checkpoint_names(model: torch.nn.Module) -> None:
 
 
 def _expert_renaming(saved: str, live: str) -> WeightRenaming:
-    return WeightRenaming(
-        source_patterns=rf"\.experts\.(\d+)\.{saved}\.", target_patterns=rf".experts.\1.{live}."
-    )
+    return WeightRenaming(source_patterns=rf"\.experts\.(\d+)\.{saved}\.", target_patterns=rf".experts.\1.{live}.")
 
 
 def checkpoint_names(model: torch.nn.Module, modules: list[str]) -> dict[str, str]:

@@ -61,7 +61,9 @@ class Sensitivity:
         for name, expert, projection, module in layer.projections():
             moment = moments[projection][expert]
             if not torch.isfinite(moment).all():
-                raise MoeCollabError(f"{name}: its calibration inputs are NaN or infinite. Check the model and the data.")
+                raise MoeCollabError(
+                    f"{name}: its calibration inputs are NaN or infinite. Check the model and the data."
+                )
             self.costs[name] = self._costs(module.weight.detach(), moment)
 
     def _costs(self, weight: torch.Tensor, moment: torch.Tensor) -> dict[int, float]:
