@@ -61,12 +61,12 @@ class MoELayer:
     @property
     def num_experts(self) -> int:
         """Experts the router chooses from (rows of its weight)."""
-        return int(self.router.weight.shape[0])
+        return int(self.router.weight.shape[0])  # type: ignore[index]
 
     @property
     def top_k(self) -> int:
         """Experts activated per token."""
-        return int(self.router.top_k)
+        return int(self.router.top_k)  # type: ignore[arg-type]
 
     def expert(self, index: int) -> nn.Module:
         """Expert `index`, a module with `gate_proj`, `up_proj` and `down_proj`."""

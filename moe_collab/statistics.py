@@ -58,5 +58,5 @@ def routed_weights(indices: torch.Tensor, weights: torch.Tensor, expert: int) ->
 
     The order is that of llm-compressor's linearized experts: slot by slot, then by token.
     """
-    slots, tokens = torch.where(expert == indices.T)
+    slots, tokens = torch.where(indices.T.eq(expert))
     return tokens, weights[tokens, slots]

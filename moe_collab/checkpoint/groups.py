@@ -31,8 +31,8 @@ def compact_targets(names: Iterable[str]) -> list[str]:
         alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for index, projections in sorted(by_index.items()):
             alike[tuple(sorted(projections))].append(index)
-        for projections, indices in alike.items():
-            targets.append(f"re:^{_escape(layer)}\\.({'|'.join(map(str, indices))})\\.({'|'.join(projections)})$")
+        for members, indices in alike.items():
+            targets.append(f"re:^{_escape(layer)}\\.({'|'.join(map(str, indices))})\\.({'|'.join(members)})$")
     return targets
 
 

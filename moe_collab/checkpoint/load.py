@@ -29,9 +29,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
 
     with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, _stock_conversions():
         write_dense_twin(path, folder, dtype)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, **from_pretrained
-        )
+        arguments = {"dtype": dtype or "auto", "output_loading_info": True} | from_pretrained
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        model, report = loaded
     model.config._name_or_path = str(path)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):

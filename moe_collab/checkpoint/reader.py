@@ -74,10 +74,7 @@ class Checkpoint:
         quantization = self.config.get("quantization_config") or {}
         for group in quantization.get("config_groups", {}).values():
             for target in group["targets"]:
-                if target.startswith("re:"):
-                    pattern = re.compile(target[3:])
-                else:
-                    pattern = re.compile(rf"^{re.escape(target)}$")
+                pattern = re.compile(target[3:] if target.startswith("re:") else rf"^{re.escape(target)}$")
                 literal = re.match(r"re:\^((?:[\w]|\\\.)*?layers\\\.\d+)\\\.", target)
                 patterns[literal[1].replace("\\", "") if literal else ""].append((pattern, group))
         return patterns
@@ -119,15 +116,15 @@ class Checkpoint:
             raise MoeCollabError(f"{module}: format {layout} with {weights['num_bits']} bits is not one we can read.")
         bits = weights["num_bits"]
         scale = self.tensor(f"{module}.weight_scale")
-        shape = tuple(self.tensor(f"{module}.weight_shape").tolist())
+        rows, columns = self.tensor(f"{module}.weight_shape").tolist()
         optional = {s: self.tensor(f"{module}.{s}") for s in SUFFIXES[3:] if f"{module}.{s}" in self._where}
         zero_point = optional.get("weight_zero_point")
         if (zero_point is None) != bool(weights.get("symmetric", True)):
             raise MoeCollabError(f"{module}.weight_zero_point: contradicts `symmetric` in config.json.")
         try:
             if zero_point is not None:
-                zero_point = unpack(zero_point, bits, tuple(scale.shape), packed_dim=0)
-            codes = unpack(self.tensor(f"{module}.weight_packed"), bits, shape)
+                zero_point = unpack(zero_point, bits, (scale.shape[0], scale.shape[1]), packed_dim=0)
+            codes = unpack(self.tensor(f"{module}.weight_packed"), bits, (rows, columns))
         except MoeCollabError as error:
             raise MoeCollabError(f"{module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))

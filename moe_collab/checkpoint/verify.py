@@ -20,7 +20,7 @@ Fingerprint = str
 def tensor_digest(tensor: torch.Tensor) -> Fingerprint:
     """Digest of a tensor's dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

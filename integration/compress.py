@@ -1,0 +1,91 @@
+"""The fixture through llm-compressor: stock uniform GPTQ at its best, and ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+import moe_collab  # noqa: F401  (registers the modifiers)
+
+__all__ = ["FIXTURE", "calibration", "checkpoint_size", "expert_bpw", "mixed_recipe", "run_oneshot", "uniform_recipe"]
+
+FIXTURE = Path(__file__).parent / "fixture" / "qwen3_moe"
+
+
+def calibration(rows: int | None = None, batch_size: int = 8) -> DataLoader:
+    """The fixture's calibration sequences as oneshot() takes them."""
+    tokens = load_file(FIXTURE / "tokens.safetensors")["calibration"][:rows].long()
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
+    return DataLoader(samples, batch_size=batch_size)
+
+
+def uniform_recipe(num_bits: int, group_size: int) -> str:
+    """Stock GPTQ on the routed experts: asymmetric, MSE-searched scales, static activation order."""
+    return f"""
+uniform_stage:
+  quant_modifiers:
+    GPTQModifier:
+      ignore: [lm_head]
+      config_groups:
+        experts:
+          targets: ['re:.*\\.experts\\.\\d+\\.(gate|up|down)_proj$']
+          weights: {{num_bits: {num_bits}, type: int, symmetric: false, strategy: group, group_size: {group_size},
+                     actorder: static, observer: mse}}
+"""
+
+
+def mixed_recipe(budget: int, plan: Path, group_size: int = 128) -> str:
+    """Ours at a budget in bytes, rounded by the same stock GPTQ."""
+    return f"""
+mixed_stage:
+  alloc_modifiers:
+    MixedBitAllocModifier:
+      budget: {budget}
+      bits: [2, 3, 4, 5, 6, 8, 16]
+      group_size: {group_size}
+      granularity: projection
+      plan: {plan}
+  quant_modifiers:
+    GPTQModifier: {{ignore: [lm_head]}}
+"""
+
+
+def run_oneshot(recipe: str, output: Path, source: Path = FIXTURE, data: DataLoader | None = None, **options) -> None:
+    """Load `source`, run `recipe` on the calibration data, save to `output`."""
+    from llmcompressor import oneshot
+    from llmcompressor.utils import load_context
+    from transformers import AutoModelForCausalLM
+
+    with load_context():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    oneshot(
+        model=model,
+        tokenizer=str(source),
+        recipe=recipe,
+        dataset=data or calibration(),
+        output_dir=str(output),
+        **options,
+    )
+
+
+def checkpoint_size(path: Path) -> int:
+    """Bytes of all `*.safetensors` files, headers included; token sets are no part of a checkpoint."""
+    return sum(f.stat().st_size for f in path.glob("*.safetensors") if f.name != "tokens.safetensors")
+
+
+def expert_bpw(path: Path) -> float:
+    """Stored bits per weight over the routed experts, scales and zero points included."""
+    bits = weights = 0
+    for file in path.glob("*.safetensors"):
+        for name, tensor in load_file(file).items() if file.name != "tokens.safetensors" else ():
+            if ".experts." not in name:
+                continue
+            bits += 8 * tensor.nbytes
+            if name.endswith("weight_shape"):
+                weights += int(tensor.prod())
+            elif name.endswith(".weight"):
+                weights += tensor.numel()
+    return bits / weights
