@@ -10,15 +10,29 @@ from torch.utils.data import DataLoader
 
 import moe_collab  # noqa: F401  (registers the modifiers)
 
-__all__ = ["FIXTURE", "calibration", "checkpoint_size", "expert_bpw", "mixed_recipe", "run_oneshot", "uniform_recipe"]
+__all__ = [
+    "FIXTURE",
+    "calibration",
+    "checkpoint_size",
+    "expert_bpw",
+    "mixed_recipe",
+    "run_oneshot",
+    "tokens",
+    "uniform_recipe",
+]
 
 FIXTURE = Path(__file__).parent / "fixture" / "qwen3_moe"
+"""The trained model; its token sets lie beside it."""
+
+
+def tokens(split: str) -> torch.Tensor:
+    """Sequences [rows, 128] of the `calibration`, `selection` or `test` set, going round the domains."""
+    return load_file(FIXTURE.parent / "tokens.safetensors")[split].long()
 
 
 def calibration(rows: int | None = None, batch_size: int = 8) -> DataLoader:
     """The fixture's calibration sequences as oneshot() takes them."""
-    tokens = load_file(FIXTURE / "tokens.safetensors")["calibration"][:rows].long()
-    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens("calibration")[:rows]]
     return DataLoader(samples, batch_size=batch_size)
 
 
@@ -72,15 +86,15 @@ def run_oneshot(recipe: str, output: Path, source: Path = FIXTURE, data: DataLoa
 
 
 def checkpoint_size(path: Path) -> int:
-    """Bytes of all `*.safetensors` files, headers included; token sets are no part of a checkpoint."""
-    return sum(f.stat().st_size for f in path.glob("*.safetensors") if f.name != "tokens.safetensors")
+    """Bytes of all `*.safetensors` files, headers included."""
+    return sum(f.stat().st_size for f in path.glob("*.safetensors"))
 
 
 def expert_bpw(path: Path) -> float:
     """Stored bits per weight over the routed experts, scales and zero points included."""
     bits = weights = 0
     for file in path.glob("*.safetensors"):
-        for name, tensor in load_file(file).items() if file.name != "tokens.safetensors" else ():
+        for name, tensor in load_file(file).items():
             if ".experts." not in name:
                 continue
             bits += 8 * tensor.nbytes

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import moe_collab
 from moe_collab.evaluation import evaluate, log_probabilities
 from moe_collab.plan import CompressionPlan
 from moe_collab.report.plots import size_against_kl
 
-from .compress import FIXTURE, checkpoint_size, expert_bpw, mixed_recipe, run_oneshot, uniform_recipe
+from .compress import FIXTURE, checkpoint_size, expert_bpw, mixed_recipe, run_oneshot, tokens, uniform_recipe
 from .server import serve
 
 UNIFORM = {"4bit-g128": (4, 128), "3bit-g128": (3, 128), "2bit-g128": (2, 128), "2bit-g32": (2, 32)}
@@ -57,13 +55,13 @@ def main() -> int:
 
 def compress_all(output: Path) -> list[dict[str, Any]]:
     """Make and evaluate every checkpoint; the rows of `results.json`."""
-    tokens = load_file(FIXTURE / "tokens.safetensors")["test"]
-    base = log_probabilities(moe_collab.load(FIXTURE, dtype=torch.float32), tokens)
+    test = tokens("test")
+    base = log_probabilities(moe_collab.load(FIXTURE, dtype=torch.float32), test)
     names = ["bf16", *(f"uniform-{n}" for n in UNIFORM), *(f"moe-collab-at-{n}" for n in EQUAL_SIZES)]
     rows = []
     for name in tqdm(names, desc="compress and evaluate", unit="model"):
         path, predicted = make(name, output)
-        found = evaluate(moe_collab.load(path, dtype=torch.float32), tokens, base)
+        found = evaluate(moe_collab.load(path, dtype=torch.float32), test, base)
         rows.append(
             {
                 "name": name,
@@ -97,7 +95,7 @@ def make(name: str, output: Path) -> tuple[Path, int | None]:
 def serve_and_compare(path: Path, python: Path, output: Path) -> dict[str, Any]:
     """Ask a real server for completions, and transformers for the same tokens on the dequantized weights."""
     model = moe_collab.load(path, dtype=torch.float32)
-    prompts = load_file(FIXTURE / "tokens.safetensors")["selection"][:8, :24].long()
+    prompts = tokens("selection")[:8, :24]
     equal = True
     print(f"serving {path} with vllm serve ...")
     with serve(python, path, output / "server.log") as server:

@@ -2,7 +2,8 @@
 
 *Dense* (compressed-tensors 0.19): codes lie back to back, 32 codes in exactly `num_bits` words. *Padded*
 (0.17): `32 // num_bits` codes a word, the rest of the word unused. They agree for 2, 4 and 8 bits. We write
-dense and read both; the packed width tells which it is.
+dense and read both; the packed width tells which it is. Where both have the same width (possible only below
+160 codes, and never for multiples of 32) dense is assumed.
 """
 
 from __future__ import annotations

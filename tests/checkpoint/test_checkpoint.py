@@ -1,0 +1,119 @@
+"""Reading, verifying and replacing checkpoints, whole and broken."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_collab import MoeCollabError
+from moe_collab.checkpoint.atomic import replace_directory
+from moe_collab.checkpoint.groups import config_groups
+from moe_collab.checkpoint.reader import Checkpoint
+from moe_collab.checkpoint.verify import fingerprint, tensor_digest, verify
+from moe_collab.formats import dequantize, pack
+
+NAME = "model.layers.0.mlp.experts.3.up_proj"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(directory, fingerprints, digests, dense weight) of a checkpoint with one 3-bit module."""
+    torch.manual_seed(0)
+    codes = torch.randint(-4, 4, (16, 64)).to(torch.int8)
+    scale, zero = torch.rand(16, 2).bfloat16() + 0.1, torch.randint(-4, 4, (16, 2)).to(torch.int8)
+    plain = torch.randn(4, 4)
+    tensors = {
+        f"{NAME}.weight_packed": pack(codes, 3),
+        f"{NAME}.weight_scale": scale,
+        f"{NAME}.weight_shape": torch.tensor([16, 64]),
+        f"{NAME}.weight_zero_point": pack(zero, 3, packed_dim=0),
+        "norm.weight": plain,
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = {"num_bits": 3, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    groups = config_groups({NAME: {"weights": weights, "format": "pack-quantized"}})
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prints = {NAME: fingerprint(codes, scale, zero)}
+    return tmp_path, prints, {"norm.weight": tensor_digest(plain)}, dequantize(codes, scale, zero)
+
+
+def change(directory, **changes):
+    tensors = load_file(directory / "model.safetensors")
+    for suffix, value in changes.items():
+        name = f"{NAME}.{suffix}"
+        tensors.pop(name) if value is None else tensors.update({name: value})
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_reads_and_verifies(saved):
+    directory, prints, digests, dense = saved
+    verify(directory, prints, digests)
+    assert torch.equal(Checkpoint(directory).dense_tensors()[f"{NAME}.weight"], dense)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "message"),
+    [
+        ("weight_scale", None, "weight_scale is missing"),
+        ("weight_zero_point", None, "contradicts `symmetric`"),
+        ("weight_packed", torch.zeros(16, 3, dtype=torch.int32), "cannot hold 16 x 64 codes of 3 bits"),
+        ("weight_packed", torch.zeros(16, 6, dtype=torch.int32), "differs from what the quantizer produced"),
+        ("weight_scale", torch.full((16, 2), float("nan")).bfloat16(), "differs from what the quantizer produced"),
+    ],
+)
+def test_a_wrong_tensor_is_named(saved, suffix, value, message):
+    directory, prints, digests, _ = saved
+    change(directory, **{suffix: value})
+    with pytest.raises(MoeCollabError, match=message) as error:
+        verify(directory, prints, digests)
+    assert NAME in str(error.value)
+
+
+def test_a_changed_plain_tensor_is_named(saved):
+    directory, prints, _, _ = saved
+    with pytest.raises(MoeCollabError, match=r"norm\.weight: differs"):
+        verify(directory, prints, {"norm.weight": "another"})
+
+
+def test_a_truncated_file_is_named(saved):
+    directory, *_ = saved
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(MoeCollabError, match=r"model\.safetensors: truncated"):
+        Checkpoint(directory)
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    with pytest.raises(MoeCollabError, match=r"config\.json: cannot be read"):
+        Checkpoint(tmp_path)
+
+
+def test_replacing_keeps_the_old_until_the_new_is_complete(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "model.safetensors").write_text("old")
+    (target / "tokenizer.json").write_text("tokenizer")
+    with pytest.raises(RuntimeError), replace_directory(target) as beside:
+        (beside / "model.safetensors").write_text("half")
+        raise RuntimeError
+    assert (target / "model.safetensors").read_text() == "old"
+    with replace_directory(target) as beside:
+        (beside / "model-00001-of-00002.safetensors").write_text("new")
+    assert sorted(f.name for f in target.iterdir()) == ["model-00001-of-00002.safetensors", "tokenizer.json"]
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_replacing_recovers_from_a_kill_between_the_renames(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "config.json").write_text("old")
+    with pytest.raises(RuntimeError), replace_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_replacing_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(MoeCollabError, match="a file stands where"), replace_directory(tmp_path / "out"):
+        pass
