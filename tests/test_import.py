@@ -21,7 +21,8 @@ def test_import_is_lean_without_llm_compressor():
 @pytest.mark.skipif(find_spec("llmcompressor") is None, reason="needs llm-compressor")
 def test_import_registers_the_modifiers():
     recipe = "a_stage: {b_modifiers: {ExpertPruningModifier: {retention: 0.5}}}"
-    code = f"import moe_collab; from llmcompressor.recipe import Recipe as R; print(R.create_instance({recipe!r}).modifiers)"
+    code = "import moe_collab; from llmcompressor.recipe import Recipe as R"
+    code += f"; print(R.create_instance({recipe!r}).modifiers)"
     assert "ExpertPruningModifier" in _run(code)
 
 

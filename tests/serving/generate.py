@@ -1,0 +1,27 @@
+"""Greedy tokens and their log-probabilities from a real vLLM, as JSON on the last line of stdout.
+
+python generate.py MODEL '{"tensor_parallel_size": 2, ...}'
+"""
+
+import json
+import sys
+
+PROMPTS = [[1, 2, 3, 4, 5], [7, 77, 177, 17, 3, 9, 200, 42], [250, 3]]
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, **json.loads(sys.argv[2])}
+    model = LLM(model=sys.argv[1], skip_tokenizer_init=True, **options)
+    sampling = SamplingParams(max_tokens=16, temperature=0, detokenize=False, logprobs=0, ignore_eos=True)
+    found = []
+    for output in model.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False):
+        result = output.outputs[0]
+        chosen = [step[token].logprob for token, step in zip(result.token_ids, result.logprobs, strict=True)]
+        found.append([list(result.token_ids), chosen])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Checkpoints in which every expert of a layer has another scheme, and their dequantized twins."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from integration.tiny_models import build_tiny
+from moe_collab.architectures import FAMILIES
+from moe_collab.checkpoint.groups import write_quantization_config
+from moe_collab.checkpoint.load import write_dense_twin
+from moe_collab.formats import pack
+
+# (bits, group size, symmetric) by expert; -1 = per channel, None = 16 bits. Groups of 128 straddle two ranks.
+SCHEMES = [(2, 32, False), (3, 32, True), (4, 128, True), (5, 64, False), (6, 32, True), (8, -1, True), None]
+LAST = [(4, 128, False), (4, 128, False), (3, 64, True)]
+"""The last expert's gate, up and down."""
+
+
+def build_mixed(family: str, path: Path) -> tuple[Path, Path]:
+    """(checkpoint, float32 twin) of a tiny model whose experts have 2, 3, 4, 5, 6, 8 and 16 bits."""
+    build_tiny(family, path)
+    projections = next(f.checkpoint_projections for f in FAMILIES if family in f.model_types)
+    tensors, schemes, plain = {}, {}, []
+    for name, weight in load_file(path / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        match = re.search(r"\.experts\.(\d+)\.(\w+)$", module)
+        scheme = _scheme(int(match[1]), projections.index(match[2])) if match else None
+        if scheme is None:
+            tensors[name] = weight
+            plain += [module] if match or module == "lm_head" else []
+            continue
+        # Every second layer is stored as compressed-tensors 0.17 did.
+        padded = ".layers.1." in name
+        tensors.update({f"{module}.{k}": v for k, v in _quantize(weight, scheme, padded).items()})
+        schemes[module] = _described(scheme)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    (path / "config.json").write_text(json.dumps(config))
+    write_quantization_config(path, schemes, plain)
+    twin = path.with_name(path.name + "-twin")
+    write_dense_twin(path, twin, torch.float32)
+    return path, twin
+
+
+def _scheme(expert: int, projection: int) -> tuple[int, int, bool] | None:
+    return SCHEMES[expert] if expert < len(SCHEMES) else LAST[projection]
+
+
+def _described(scheme: tuple[int, int, bool]) -> dict:
+    bits, group, symmetric = scheme
+    strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, **strategy}
+    return {"format": "pack-quantized", "weights": weights}
+
+
+def _quantize(weight: torch.Tensor, scheme: tuple[int, int, bool], padded: bool) -> dict[str, torch.Tensor]:
+    bits, group, symmetric = scheme
+    rows, columns = weight.shape
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    x = weight.float().reshape(rows, -1, columns if group == -1 else group)
+    if symmetric:
+        scale = (x.abs().amax(-1) / (high + 0.5)).bfloat16()
+        zero = torch.zeros_like(scale).float()
+    else:
+        scale = ((x.amax(-1) - x.amin(-1)) / (high - low)).bfloat16()
+        zero = (low - x.amin(-1) / scale.float()).round().clamp(low, high)
+    codes = (x / scale.float()[..., None] + zero[..., None]).round().clamp(low, high).to(torch.int8)
+    store = _pack_padded if padded else pack
+    stored = {"weight_packed": store(codes.reshape(rows, columns), bits), "weight_scale": scale}
+    stored["weight_shape"] = torch.tensor([rows, columns])
+    if not symmetric:
+        stored["weight_zero_point"] = store(zero.to(torch.int8).T, bits).T.contiguous()
+    return stored
+
+
+def _pack_padded(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    per_word = 32 // bits
+    unsigned = torch.nn.functional.pad(codes.long() + (1 << (bits - 1)), (0, -codes.shape[1] % per_word))
+    shifts = torch.arange(per_word) * bits
+    return (unsigned.reshape(len(codes), -1, per_word) << shifts).sum(-1).to(torch.int32)

@@ -1,0 +1,108 @@
+"""Mixed-bit checkpoints in a real vLLM, equal to their dequantized twins."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe_collab
+
+from .generate import PROMPTS
+from .mixed import build_mixed
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+PARALLEL = {
+    "tp1": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "tp2-ep": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}
+FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
+
+
+def run_vllm(model: Path, options: dict) -> subprocess.CompletedProcess:
+    environment = os.environ | ENVIRONMENT
+    if options.get("tensor_parallel_size", 1) == 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
+    command = [sys.executable, str(Path(__file__).with_name("generate.py")), str(model), json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def generate(model: Path, options: dict) -> list:
+    done = run_vllm(model, options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@torch.no_grad()
+def generate_with_transformers(path: Path) -> list:
+    model = moe_collab.load(path, dtype=torch.float32)
+    found = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        logprobs = []
+        for _ in range(16):
+            logp = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(logp.argmax()))
+            logprobs.append(float(logp.max()))
+        found.append([tokens[len(prompt) :], logprobs])
+    return found
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory):
+    """(checkpoint, what it must generate)."""
+    path, twin = build_mixed(request.param, tmp_path_factory.mktemp("serving") / request.param)
+    # The CPU's MLA differs from transformers even unquantized, so there stock vLLM on the twin is the judge.
+    judge = generate(twin, {}) if request.param == "deepseek_v3" else generate_with_transformers(path)
+    return path, judge
+
+
+def assert_equal(found: list, expected: list) -> None:
+    for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
+        assert tokens == expected_tokens
+        assert logprobs == pytest.approx(expected_logprobs, abs=5e-4)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_equals_the_dequantized_twin(served, parallel):
+    path, expected = served
+    assert_equal(generate(path, PARALLEL[parallel]), expected)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    return build_mixed("qwen3_moe", tmp_path_factory.mktemp("serving") / "qwen3")[0]
+
+
+def test_compiled(qwen3):
+    assert_equal(generate(qwen3, {"enforce_eager": False}), generate_with_transformers(qwen3))
+
+
+def broken(source: Path, target: Path, name: str, value: torch.Tensor | None) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop(name)
+    if value is not None:
+        tensors[name] = value
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(None, "lacks 1 tensors"), (torch.zeros(128, 5, dtype=torch.int32), "cannot hold 128 x 128 codes of 3 bits")],
+    ids=["missing", "truncated"],
+)
+def test_a_broken_checkpoint_is_refused_by_name(qwen3, tmp_path, value, message):
+    name = "model.layers.0.mlp.experts.1.up_proj.weight_packed"
+    done = run_vllm(broken(qwen3, tmp_path / "broken", name, value), {})
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr and name in done.stdout + done.stderr
