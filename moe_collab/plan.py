@@ -32,7 +32,8 @@ class CompressionPlan(BaseModel):
     budget_bpw: float | None = None
     predicted_bytes: int = Field(gt=0)
     expert_bpw: float = Field(gt=0)
-    predicted_error: float = Field(ge=0)
+    predicted_kl: float = Field(ge=0)
+    """Sum of the measured costs: an estimate, in nats per token."""
     num_bits: dict[str, int]
     """Module name -> bits of its weight; 16 = as it was."""
     routed_tokens: dict[str, list[int]]

@@ -21,6 +21,7 @@ from ..errors import MoeCollabError
 from ..plan import CompressionPlan, fingerprint
 from .common import check_unquantized, following_quantizers, modifiers_of_this_pass
 from .planner import Planner, model_fingerprint
+from .propagation import kl_per_squared_error
 from .routing import RoutingTap
 from .saving import expect_plan, install_save
 from .schemes import attach_scheme, round_in_place, rounded, weight_arguments
@@ -36,9 +37,10 @@ FEW_TOKENS = 32
 class MixedBitAllocModifier(Modifier):
     """Choose how many bits each expert tensor gets, so that the checkpoint fits a budget in bytes.
 
-    The method is the paper's (arXiv 2509.25689): start at the lowest precision, measure the output error
-    that every upgrade would remove on the calibration tokens the router sent to the expert, buy the best
-    gain per byte, back off where the exact size exceeds the budget. The next quantizer in the recipe, such
+    The method is the paper's (arXiv 2509.25689): start at the lowest precision, measure what every upgrade
+    would bring, buy the best gain per byte, back off where the exact size exceeds the budget. The gain is the
+    error at the experts' output on the calibration tokens the router sent there, times what such an error was
+    measured to do to the model's predictions (KL), layer by layer. The next quantizer in the recipe, such
     as `GPTQModifier: {ignore: [lm_head]}`, rounds at the chosen bits.
 
     :param budget: size of all `*.safetensors` files together: bytes, `"3.1MB"`, `"103GB"`, `"128GiB"`.
@@ -164,10 +166,7 @@ class MixedBitAllocModifier(Modifier):
         for layer in self._moe.layers:
             tap = RoutingTap(self, layer)
             self._sensitivity.watch(layer)
-            self.register_hook(layer.experts, partial(self._sensitivity.see_inputs, layer, tap), "forward")
-            for index in range(layer.num_experts):
-                hook = partial(self._sensitivity.see_hidden, layer, tap, index)
-                self.register_hook(layer.expert(index).down_proj, hook, "forward")
+            self.register_hook(layer.experts, partial(self._sensitivity.see, layer, tap), "forward")
 
     def _round(self, weight: torch.Tensor, num_bits: int) -> torch.Tensor:
         return rounded(weight, weight_arguments(num_bits, self.group_size, self.symmetric))
@@ -185,17 +184,19 @@ class MixedBitAllocModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
         """Decide, write the plan down, and hand the bits to the next quantizer."""
         self.remove_hooks()
-        plan = self._reused or self._decide(state.model)
+        plan = self._reused or self._decide(state)
         if self.plan and not self._reused:
             plan.save(self.plan)
         self._apply(state.model, plan)
         expect_plan(state.model, plan)
 
-    def _decide(self, model: torch.nn.Module) -> CompressionPlan:
+    def _decide(self, state: State) -> CompressionPlan:
         assert self._moe is not None and self._sensitivity is not None
         for layer in self._moe.layers:
             self._sensitivity.close(layer)
-        planner = Planner(model, self._moe, self._targets(model), self._sensitivity, self)
+        model = state.model
+        factors = kl_per_squared_error(model, self._moe, state.data.calib)
+        planner = Planner(model, self._moe, self._targets(model), self._sensitivity, factors, self)
         plan = planner.plan(model_fingerprint(model), self._recipe_fingerprint())
         planner.report(plan)
         return plan

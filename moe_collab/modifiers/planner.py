@@ -43,9 +43,11 @@ class Planner:
         moe: MoEModel,
         targets: list[tuple[str, torch.nn.Linear]],
         sensitivity: Sensitivity,
+        factors: dict[str, float],
         recipe: MixedBitAllocModifier,
     ) -> None:
         self._model, self._moe, self._recipe = model, moe, recipe
+        self._factors = {name: factors[layer.name] for layer in moe.layers for name, *_ in layer.projections()}
         self._modules = dict(targets)
         self._sensitivity = sensitivity
         self._experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(self._modules)
@@ -72,7 +74,7 @@ class Planner:
             budget_bpw=self._recipe.bpw,
             predicted_bytes=self._file_size(bits),
             expert_bpw=self._expert_bpw(bits),
-            predicted_error=sum(i.options[c].cost for i, c in zip(self._items, choice, strict=True)),
+            predicted_kl=sum(i.options[c].cost for i, c in zip(self._items, choice, strict=True)),
             num_bits=bits,
             routed_tokens=self._sensitivity.routed_tokens,
         )
@@ -115,9 +117,13 @@ class Planner:
         options = []
         for bits in [fixed] if fixed is not None else self._recipe.bits:
             size = sum(self._stored_bytes(m, bits) + self._header_bytes(m, bits) for m in members)
-            cost = sum(self._sensitivity.costs.get(m, {}).get(bits, 0.0) for m in members)
+            cost = sum(self._kl(m, bits) for m in members)
             options.append(Option(bits, size, cost))
         return Item.of(name, options)
+
+    def _kl(self, name: str, bits: int) -> float:
+        """Predicted KL per token of rounding `name`; 0 for what no cost was measured of, such as attention."""
+        return self._factors.get(name, 0.0) * self._sensitivity.costs.get(name, {}).get(bits, 0.0)
 
     def _entries(self, name: str, bits: int) -> list[TensorEntry]:
         module = self._modules[name]

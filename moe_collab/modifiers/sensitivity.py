@@ -1,8 +1,10 @@
-"""What rounding each expert tensor costs: the output error on the tokens the router sent to the expert."""
+"""What rounding each expert tensor costs: measured on the tokens the router sent to the expert."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,71 +14,103 @@ from .routing import RoutingTap
 
 __all__ = ["Sensitivity"]
 
+MAX_TOKENS = 256
+"""Routed tokens kept per expert; their error stands for that of all."""
+
+_HALVES = (("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass
+class _Seen:
+    """Of one expert: inputs and router weights of the first routed tokens, and how many there were in all."""
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    kept: int = 0
+    total: int = 0
+
 
 class Sensitivity:
-    """Per expert tensor and bit-width: sum_t g_t^2 ||(W - W_b) x_t||^2 through the diagonal second moment of x.
+    """Per expert tensor and bit-width: mean over tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2, zero where not routed.
 
-    g_t is the router's weight for token t. One float64 vector per expert and input is all that is kept of
-    the activations, and only until the layer is closed.
+    f is the expert, f_b the same with that tensor rounded, g_t the router's weight. Gate and up are one fused matrix,
+    so they are rounded together and share the cost.
     """
 
     def __init__(self, rounder: Callable[[torch.Tensor, int], torch.Tensor], bits: Sequence[int]) -> None:
         self._round, self._bits = rounder, [b for b in bits if b != 16]
-        self._inputs: dict[str, torch.Tensor] = {}
-        self._hidden: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, list[_Seen]] = {}
+        self._tokens: dict[str, int] = {}
         self.costs: dict[str, dict[int, float]] = {}
-        """Module name -> bits -> error; 16 bits cost nothing."""
+        """Module name -> bits -> mean squared error per token at the output of its layer's experts."""
         self.routed_tokens: dict[str, list[int]] = {}
 
     def watch(self, layer: MoELayer) -> None:
-        """Make room for one layer's second moments."""
-        down = layer.expert(0).down_proj
-        self._inputs[layer.name] = torch.zeros(layer.num_experts, down.out_features, dtype=torch.float64)
-        self._hidden[layer.name] = torch.zeros(layer.num_experts, down.in_features, dtype=torch.float64)
-        self._tokens[layer.name] = torch.zeros(layer.num_experts, dtype=torch.int64)
+        """Begin with one layer."""
+        self._seen[layer.name] = [_Seen() for _ in range(layer.num_experts)]
+        self._tokens[layer.name] = 0
 
-    def see_inputs(self, layer: MoELayer, tap: RoutingTap, _module: object, args: tuple, _out: object) -> None:
-        """Hook of the experts container: add x^2 of the tokens routed to each expert."""
-        hidden_states = args[0].reshape(-1, args[0].shape[-1])
-        for expert in range(layer.num_experts):
+    def see(self, layer: MoELayer, tap: RoutingTap, _module: object, args: tuple, _out: object) -> None:
+        """Hook of the experts container: keep a sample of the tokens routed to each expert."""
+        hidden_states = args[0].detach().reshape(-1, args[0].shape[-1])
+        self._tokens[layer.name] += len(hidden_states)
+        for expert, seen in enumerate(self._seen[layer.name]):
             tokens, weights = tap.tokens_of(expert)
-            self._inputs[layer.name][expert] += _second_moment(hidden_states[tokens], weights)
-            self._tokens[layer.name][expert] += len(tokens)
+            seen.total += len(tokens)
+            chosen = tokens[: MAX_TOKENS - seen.kept]
+            if len(chosen):
+                seen.inputs.append(hidden_states[chosen])
+                seen.weights.append(weights[: len(chosen)].detach())
+                seen.kept += len(chosen)
 
-    def see_hidden(
-        self, layer: MoELayer, tap: RoutingTap, expert: int, _module: object, args: tuple, _out: object
-    ) -> None:
-        """Hook of an expert's `down_proj`: add the square of its input."""
-        rows, weights = tap.routed(expert, args[0])
-        self._hidden[layer.name][expert] += _second_moment(rows, weights)
-
+    @torch.no_grad()
     def close(self, layer: MoELayer) -> None:
         """Compute the costs of a layer whose tokens have all been seen; closing twice does nothing."""
-        if layer.name not in self._inputs:
+        if layer.name not in self._seen:
             return
-        moments = {"down_proj": self._hidden.pop(layer.name)}
-        moments["gate_proj"] = moments["up_proj"] = self._inputs.pop(layer.name)
-        self.routed_tokens[layer.name] = self._tokens.pop(layer.name).tolist()
-        for name, expert, projection, module in layer.projections():
-            moment = moments[projection][expert]
-            if not torch.isfinite(moment).all():
-                raise MoeCollabError(
-                    f"{name}: its calibration inputs are NaN or infinite. Check the model and the data."
-                )
-            self.costs[name] = self._costs(module.weight.detach(), moment)
+        everything = self._seen.pop(layer.name)
+        self.routed_tokens[layer.name] = [seen.total for seen in everything]
+        for index, seen in enumerate(everything):
+            for half in _HALVES:
+                costs = self._measure(layer, index, half, seen) if seen.total else self._unseen(layer, index, half)
+                for projection in half:
+                    share = {bits: cost / len(half) for bits, cost in costs.items()}
+                    self.costs[f"{layer.experts_name}.{index}.{projection}"] = share
 
-    def _costs(self, weight: torch.Tensor, moment: torch.Tensor) -> dict[int, float]:
-        if not moment.any():
-            # No token was routed here: an even, tiny weight still prefers the bits that round the weights best.
-            moment = torch.full_like(moment, 1e-12)
+    def _measure(self, layer: MoELayer, index: int, half: tuple[str, ...], seen: _Seen) -> dict[int, float]:
+        expert = layer.expert(index)
+        inputs, weights = torch.cat(seen.inputs), torch.cat(seen.weights).double()
+        exact = _forward(expert, inputs, {}).double()
+        if not torch.isfinite(exact).all():
+            raise MoeCollabError(
+                f"{layer.experts_name}.{index}: its output on the calibration tokens is NaN or infinite. "
+                "Check the model and the data; nothing was changed."
+            )
+        per_token = seen.total / seen.kept / self._tokens[layer.name]
         costs = {16: 0.0}
         for bits in self._bits:
-            error = (weight - self._round(weight, bits)).double().square().sum(0).cpu()
-            costs[bits] = float(error @ moment)
+            rounded = {p: self._round(getattr(expert, p).weight, bits) for p in half}
+            error = _forward(expert, inputs, rounded).double() - exact
+            costs[bits] = float((error.square().sum(-1) * weights.square()).sum()) * per_token
+        return costs
+
+    def _unseen(self, layer: MoELayer, index: int, half: tuple[str, ...]) -> dict[int, float]:
+        """No token was routed here: a tiny cost still prefers the bits that round the weights best."""
+        costs = {16: 0.0}
+        for bits in self._bits:
+            weights = [getattr(layer.expert(index), p).weight for p in half]
+            costs[bits] = 1e-12 * sum(float((w - self._round(w, bits)).float().square().mean()) for w in weights)
         return costs
 
 
-def _second_moment(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_t (g_t x_t)^2 per feature; rows [tokens, features], weights [tokens]."""
-    return (rows.float() * weights.float()[:, None]).double().square().sum(0).cpu()
+def _forward(expert: Any, inputs: torch.Tensor, replaced: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The expert's output with some weights replaced, hooks not run.
+
+    Not torch.func.functional_call: it assigns parameters, which llm-compressor's offload cache takes for updates.
+    """
+
+    def apply(projection: str, x: torch.Tensor) -> torch.Tensor:
+        linear = getattr(expert, projection)
+        return torch.nn.functional.linear(x, replaced.get(projection, linear.weight), linear.bias)
+
+    return apply("down_proj", expert._apply_gate(torch.cat([apply("gate_proj", inputs), apply("up_proj", inputs)], -1)))

@@ -1,4 +1,4 @@
-"""Greedy tokens and their log-probabilities from a real vLLM, as JSON on the last line of stdout.
+"""Greedy tokens and their log-probabilities from a real vLLM, as JSON on the line of stdout that begins with RESULT.
 
 python generate.py MODEL '{"tensor_parallel_size": 2, ...}'
 """
@@ -20,7 +20,7 @@ def main() -> None:
         result = output.outputs[0]
         chosen = [step[token].logprob for token, step in zip(result.token_ids, result.logprobs, strict=True)]
         found.append([list(result.token_ids), chosen])
-    print(json.dumps(found))
+    print("RESULT", json.dumps(found))
 
 
 if __name__ == "__main__":

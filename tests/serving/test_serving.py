@@ -35,7 +35,9 @@ def run_vllm(model: Path, options: dict) -> subprocess.CompletedProcess:
 def generate(model: Path, options: dict) -> list:
     done = run_vllm(model, options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
+    )
 
 
 @torch.no_grad()
