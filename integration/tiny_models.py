@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moe_collab.checkpoint.load import stock_conversions
+
 __all__ = ["TINY_FAMILIES", "build_tiny", "tiny_config"]
 
 _COMMON: dict[str, Any] = {
@@ -73,7 +75,8 @@ def build_tiny(family: str, path: str | Path, *, seed: int = 0, **overrides: Any
         for name, buffer in model.named_buffers():
             if "e_score_correction_bias" in name:
                 buffer.normal_(0, 0.1)
-    model.save_pretrained(path)
+    with stock_conversions():
+        model.save_pretrained(path)
     _byte_tokenizer().save_pretrained(path)
     return path
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ..errors import MoeCollabError
 from .reader import Checkpoint
 
-__all__ = ["load", "write_dense_twin"]
+__all__ = ["load", "stock_conversions", "write_dense_twin"]
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: Any) -> Any:
@@ -27,7 +27,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
     """
     from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, _stock_conversions():
+    with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, stock_conversions():
         write_dense_twin(path, folder, dtype)
         arguments = {"dtype": dtype or "auto", "output_loading_info": True} | from_pretrained
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **arguments)
@@ -40,7 +40,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
 
 
 @contextmanager
-def _stock_conversions() -> Iterator[None]:
+def stock_conversions() -> Iterator[None]:
     """llm-compressor's load_context() replaces, for the whole process, how transformers fuses experts."""
     from transformers import conversion_mapping
 

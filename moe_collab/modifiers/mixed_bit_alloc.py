@@ -24,7 +24,7 @@ from .planner import Planner, model_fingerprint
 from .propagation import kl_per_squared_error
 from .routing import RoutingTap
 from .saving import expect_plan, install_save
-from .schemes import attach_scheme, round_in_place, rounded, weight_arguments
+from .schemes import attach_scheme, is_sound, round_in_place, rounded, weight_arguments
 from .sensitivity import Sensitivity
 
 __all__ = ["SUPPORTED_BITS", "MixedBitAllocModifier"]
@@ -223,12 +223,12 @@ class MixedBitAllocModifier(Modifier):
         for name, module in state.model.named_modules():
             if getattr(module, "quantization_scheme", None) is None or not hasattr(module, "weight_scale"):
                 continue
-            if _is_sound(module):
+            if is_sound(module):
                 continue
             if name not in self._originals:
                 raise MoeCollabError(
-                    f"{name}: the quantizer left all-zero or non-finite weights, and its original is gone. Calibrate "
-                    "with more tokens, or with oneshot(moe_calibrate_all_experts=True)."
+                    f"{name}: the quantizer left it all zero, not finite or unrounded, and its original is gone. "
+                    "Calibrate with more tokens, or with oneshot(moe_calibrate_all_experts=True)."
                 )
             round_in_place(module, self._originals[name])
             repaired.append(name)
@@ -243,12 +243,3 @@ class MixedBitAllocModifier(Modifier):
 
 
 _DECIDING_FIELDS = {"budget", "bpw", "bits", "group_size", "symmetric", "fixed", "granularity", "ignore"}
-
-
-def _is_sound(module: torch.nn.Linear) -> bool:
-    """Whether the rounded weight is finite and not all zero, and its scales are finite and not zero."""
-    weight, scale = module.weight, module.weight_scale
-    if not (torch.isfinite(weight).all() and torch.isfinite(scale).all()):
-        return False
-    on_grid = bool((scale != 0).all())
-    return on_grid and bool((weight != 0).any())

@@ -20,9 +20,10 @@ from ..checkpoint.atomic import replace_directory
 from ..checkpoint.groups import write_quantization_config
 from ..checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
 from ..errors import MoeCollabError
-from ..formats import dequantize, unpack
+from ..formats import unpack
 from ..plan import CompressionPlan
 from .naming import checkpoint_names, use_checkpoint_names
+from .schemes import is_sound
 from .surgery import sync_config
 
 __all__ = ["expect_plan", "install_save"]
@@ -102,7 +103,7 @@ def _fingerprint(name: str, module: torch.nn.Linear, scheme: QuantizationScheme)
             zero_point = unpack(zero_point, bits, tuple(scale.shape), packed_dim=0)
         return fingerprint(codes, scale, zero_point)
     codes = quantize(module.weight, scale, zero_point, scheme.weights, dtype=torch.int8)
-    if not torch.equal(dequantize(codes, scale, zero_point).to(module.weight.dtype), module.weight):
+    if not is_sound(module):
         raise MoeCollabError(f"{name}.weight: not on the grid of its scales; was it quantized? Nothing was saved.")
     return fingerprint(codes, scale, zero_point if not scheme.weights.symmetric else None)
 

@@ -13,7 +13,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.observers import Observer
 
-__all__ = ["attach_scheme", "round_in_place", "rounded", "weight_arguments"]
+__all__ = ["attach_scheme", "is_sound", "round_in_place", "rounded", "weight_arguments"]
 
 
 def weight_arguments(num_bits: int, group_size: int, symmetric: bool) -> QuantizationArgs:
@@ -61,3 +61,18 @@ def round_in_place(module: torch.nn.Linear, weight: torch.Tensor) -> None:
     update_offload_parameter(module, "weight_scale", scale)
     if zero_point is not None and hasattr(module, "weight_zero_point"):
         update_offload_parameter(module, "weight_zero_point", zero_point.to(module.weight_zero_point.dtype))
+
+
+@torch.no_grad()
+def is_sound(module: torch.nn.Linear) -> bool:
+    """Whether a quantizer left `module` finite, not all zero, and on the grid of its scales."""
+    weight, scale = module.weight, module.weight_scale
+    if not (torch.isfinite(weight).all() and torch.isfinite(scale).all() and weight.any() and (scale != 0).all()):
+        return False
+    arguments = module.quantization_scheme.weights
+    again = fake_quantize(weight, scale, getattr(module, "weight_zero_point", None), arguments)
+    if arguments.num_bits < 7:
+        return torch.equal(again, weight)
+    # Codes of 7 and 8 bits divide out one step off in bfloat16, here as in compressed-tensors' own packing.
+    steps = (again - weight).float().reshape(*scale.shape, -1).abs() / scale.float().abs()[..., None]
+    return bool((steps <= 1.5).all())
