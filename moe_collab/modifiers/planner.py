@@ -168,7 +168,7 @@ class Planner:
             )
         best = smallest
         room = smallest_bytes(self._items) + budget - floor
-        for _ in range(4):
+        for _ in range(2):
             choice = allocate(self._items, max(room, smallest_bytes(self._items)))
             # The header's digits depend on the choice, so the exact size is known only now.
             while (excess := self._file_size(self._bits(choice)) - budget) > 0:

@@ -16,8 +16,9 @@ def main() -> None:
     model = LLM(model=sys.argv[1], skip_tokenizer_init=True, **options)
     sampling = SamplingParams(max_tokens=16, temperature=0, detokenize=False, logprobs=0, ignore_eos=True)
     found = []
-    for output in model.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False):
-        result = output.outputs[0]
+    # One by one, so that every run computes in the same batches.
+    for prompt in PROMPTS:
+        result = model.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0].outputs[0]
         chosen = [step[token].logprob for token, step in zip(result.token_ids, result.logprobs, strict=True)]
         found.append([list(result.token_ids), chosen])
     print("RESULT", json.dumps(found))
