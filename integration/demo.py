@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -41,6 +42,9 @@ def main() -> int:
     parser.add_argument("--serve-python", type=Path, required=True, help="python of the environment with vLLM")
     parser.add_argument("--output", type=Path, default=Path("build/demo"))
     options = parser.parse_args()
+    # llm-compressor logs every rounded tensor, which would bury the progress.
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
     started = time.monotonic()
     models = compress_all(options.output)
     results = {"models": models, **serve_and_compare(options.output / SERVED, options.serve_python, options.output)}
@@ -49,7 +53,8 @@ def main() -> int:
     print_table(results)
     print(f"{options.output}/results.json and size_vs_kl.svg written after {time.monotonic() - started:.0f} s")
     problems = broken_claims(results)
-    print("\n".join(f"NOT AS CLAIMED: {p}" for p in problems), file=sys.stderr)
+    for problem in problems:
+        print(f"NOT AS CLAIMED: {problem}", file=sys.stderr)
     return len(problems)
 
 
@@ -131,7 +136,7 @@ def print_table(results: dict[str, Any]) -> None:
         style = "bold green" if row["name"].startswith("moe-collab-") else None
         cells = [row["name"], f"{row['bytes']:,}", f"{row['expert_bpw']:.3f}", f"{row['perplexity']:.3f}"]
         table.add_row(*cells, f"{row['kl']:.4f}", f"{row['top1']:.2%}", style=style)
-    console = Console()
+    console = Console(width=max(110, Console().width))
     console.print(table)
     console.print(f"vllm serve, asked for {PROMPT!r}: {results['http_completion']!r}", markup=False)
     console.print(f"its tokens equal transformers' on the dequantized weights: {results['served_tokens_equal']}")

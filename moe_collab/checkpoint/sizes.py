@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 __all__ = ["TensorEntry", "checkpoint_bytes", "quantized_entries", "safetensors_bytes"]
 
-# The order in which the safetensors writer sorts dtypes: by alignment, largest first.
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
 _BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-_RANK = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64"]
+_BITS |= {"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
+# The order of the writer's dtype enumeration: tensors are stored from its end to its beginning.
+_ENUMERATION = ("BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64").split()
+_RANK = {dtype: rank for rank, dtype in enumerate(reversed(_ENUMERATION))}
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,16 @@ class TensorEntry:
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
-def safetensors_bytes(entries: Iterable[TensorEntry], metadata: dict[str, str] | None = None) -> int:
-    """Size of one file: 8 bytes, the JSON header padded to a multiple of 8, the data."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
+def safetensors_bytes(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> int:
+    """Size of one file: 8 bytes, the JSON header padded to a multiple of 8, the data.
+
+    `metadata` None is what transformers writes, `{"format": "pt"}`; empty means that the file has none.
+    """
+    metadata = {"format": "pt"} if metadata is None else metadata
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     # Offsets have more digits the later a tensor lies, so the writer's order matters.
-    for entry in sorted(entries, key=lambda e: (-_RANK.index(e.dtype), e.name)):
+    for entry in sorted(entries, key=lambda e: (_RANK[e.dtype], e.name)):
         end = offset + entry.nbytes
         header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
         offset = end
@@ -42,8 +48,11 @@ def safetensors_bytes(entries: Iterable[TensorEntry], metadata: dict[str, str] |
     return 8 + math.ceil(len(text) / 8) * 8 + offset
 
 
-def checkpoint_bytes(entries: Sequence[TensorEntry], max_shard_size: int = 20_000_000_000) -> int:
-    """Size of all `*.safetensors` files of a checkpoint, cut as transformers cuts it: in order, greedily."""
+def checkpoint_bytes(entries: Iterable[TensorEntry], max_shard_size: float = 20e9) -> int:
+    """Size of all `*.safetensors` files of a checkpoint, cut as transformers cuts it: in order, greedily.
+
+    The default is llm-compressor's 20 GB; transformers' own is 50 GB.
+    """
     shards: list[list[TensorEntry]] = []
     current: list[TensorEntry] = []
     size = 0
@@ -65,13 +74,17 @@ def quantized_entries(
     name: str,
     shape: tuple[int, ...],
     num_bits: int,
-    group_size: int,
+    group_size: int | None,
     symmetric: bool,
     scale_dtype: str = "BF16",
+    g_idx: bool = False,
 ) -> list[TensorEntry]:
-    """What stands in a `pack-quantized` checkpoint for module `name` with a weight of `shape` [rows, columns]."""
+    """What stands in a `pack-quantized` checkpoint for module `name` with a weight of `shape` [rows, columns].
+
+    `group_size` None or -1 is one scale a row (strategy `channel`).
+    """
     rows, columns = shape
-    groups = columns // group_size
+    groups = 1 if group_size in (None, -1) else math.ceil(columns / group_size)
     entries = [
         TensorEntry(f"{name}.weight_packed", "I32", (rows, math.ceil(columns * num_bits / 32))),
         TensorEntry(f"{name}.weight_scale", scale_dtype, (rows, groups)),
@@ -80,4 +93,6 @@ def quantized_entries(
     if not symmetric:
         words = math.ceil(rows * num_bits / 32)
         entries.append(TensorEntry(f"{name}.weight_zero_point", "I32", (words, groups)))
+    if g_idx:
+        entries.append(TensorEntry(f"{name}.weight_g_idx", "I32", (columns,)))
     return entries
