@@ -13,8 +13,7 @@ _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32"
 _BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _BITS |= {"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
 # The order of the writer's dtype enumeration: tensors are stored from its end to its beginning.
-_ENUMERATION = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16"]
-_ENUMERATION += ["I32", "U32", "F32", "C64", "F64", "I64", "U64"]
+_ENUMERATION = [
     "BOOL",
     "U8",
     "I8",
