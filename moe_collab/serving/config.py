@@ -32,9 +32,9 @@ class MoeCollabConfig(CompressedTensorsConfig):
         """Take a checkpoint only if stock vLLM cannot serve it on this platform, or the user asks for us."""
         if hf_quant_cfg.get("quant_method") != "compressed-tensors":
             return None
-        if user_quant == NAME or (user_quant in (None, "compressed-tensors") and needs_this_package(hf_quant_cfg)):
-            return NAME
-        return None
+        if user_quant not in (None, "compressed-tensors", NAME):
+            return None
+        return NAME if user_quant == NAME or needs_this_package(hf_quant_cfg, _routes_in_groups(hf_config)) else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Our method for routed experts, the parent's for everything else."""
@@ -52,11 +52,12 @@ class MoeCollabConfig(CompressedTensorsConfig):
         return ExpertSchemes(prefix, projections, table)
 
 
-def needs_this_package(quantization: dict[str, Any]) -> bool:
+def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = False) -> bool:
     """Whether stock vLLM lacks a kernel for the routed experts of this `quantization_config`.
 
     It has none for experts that differ within a layer, and none for packed integers other than 4 and 8 bits.
-    On CPUs it has one only for 4 bits, and only where the CPU has AMX (vLLM 0.32, int_wna16 oracle).
+    On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
+    (vLLM 0.32, CPUExpertsInt4).
     """
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
     for group in quantization.get("config_groups", {}).values():
@@ -74,8 +75,14 @@ def needs_this_package(quantization: dict[str, Any]) -> bool:
     bits = {found[0] for layer in schemes.values() for found in layer} - {16, None}
     stock = {4, 8}
     if current_platform.is_cpu():
-        stock = {4} if torch.cpu._is_amx_tile_supported() else set()
+        strategies = {found[2] for layer in schemes.values() for found in layer if len(found) > 1}
+        served = torch.cpu._is_amx_tile_supported() and strategies == {"group"} and not grouped_routing
+        stock = {4} if served else set()
     return bool(bits) and (mixed or not bits <= stock)
+
+
+def _routes_in_groups(hf_config: Any) -> bool:
+    return (getattr(hf_config, "n_group", None) or 1) > 1
 
 
 def _expert_layer(target: str) -> str | None:

@@ -94,12 +94,15 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         group = self._group_size(scheme, projection, columns)
         return TensorSpec(scheme.num_bits, rows, columns, group, bool(scheme.symmetric))
 
+    def _stored_group(self, scheme: QuantizationArgs, projection: int, descriptor_columns: int) -> int:
+        """Group size of the checkpoint; a channel is one group over the columns of all ranks."""
+        if scheme.group_size in (None, -1):
+            return descriptor_columns * (self._tensor_parallel()[0] if projection == _DOWN else 1)
+        return int(scheme.group_size)
+
     def _group_size(self, scheme: QuantizationArgs, projection: int, columns: int) -> int:
         """Of this rank's columns; a stored group that straddles ranks is cut into smaller equal ones."""
-        stored = scheme.group_size
-        if stored in (None, -1):
-            stored = columns * (self._tensor_parallel()[0] if projection == _DOWN else 1)
-        return math.gcd(stored, columns)
+        return math.gcd(self._stored_group(scheme, projection, columns), columns)
 
     def _tensor_parallel(self) -> tuple[int, int]:
         """(ranks that share an expert, our rank among them)."""
@@ -137,8 +140,13 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
                 self._place_dense(layer, descriptor, projection, tensor)
             elif kind == "weight_packed":
                 self._place_codes(layer, descriptor, projection, tensor)
-            elif kind != "weight_shape":
-                self._place_groups(layer, descriptor, projection, tensor, kind)
+            elif kind == "weight_shape":
+                _expect(tensor.tolist(), self._full_shape(descriptor, projection))
+            else:
+                groups = self._full_shape(descriptor, projection)[1] // self._stored_group(
+                    scheme, projection, descriptor[Field.COLUMNS]
+                )
+                self._place_groups(layer, descriptor, projection, tensor, kind, groups)
         except (MoeCollabError, RuntimeError) as error:
             raise MoeCollabError(f"{name}.{kind}: {error} The checkpoint is truncated or its config wrong.") from error
         self._loaded.add((local, projection, kind))
@@ -154,8 +162,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         return tensor.chunk(ranks, dim=1 if projection == _DOWN else 0)[rank].contiguous()
 
     def _place_dense(self, layer: Any, descriptor: list[int], projection: int, weight: torch.Tensor) -> None:
-        if tuple(weight.shape) != self._full_shape(descriptor, projection):
-            raise MoeCollabError(f"shape {list(weight.shape)}, expected {self._full_shape(descriptor, projection)}.")
+        _expect(weight.shape, self._full_shape(descriptor, projection))
         if weight.dtype != torch.bfloat16:
             raise MoeCollabError(f"unquantized experts are served in bfloat16, not {weight.dtype}.")
         _write(layer.arena_codes, descriptor[Field.CODES], self._cut(weight, projection).view(torch.int32))
@@ -166,19 +173,15 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         _write(layer.arena_codes, descriptor[Field.CODES], pack(self._cut(codes, projection), bits))
 
     def _place_groups(
-        self, layer: Any, descriptor: list[int], projection: int, tensor: torch.Tensor, kind: str
+        self, layer: Any, descriptor: list[int], projection: int, tensor: torch.Tensor, kind: str, groups: int
     ) -> None:
         rows, columns = self._full_shape(descriptor, projection)
-        scheme_groups = tensor.shape[1]
+        arena, field = layer.arena_scales, Field.SCALES
         if kind == "weight_zero_point":
-            tensor = unpack(tensor, descriptor[Field.NUM_BITS], (rows, scheme_groups), packed_dim=0)
-        if tensor.shape[0] != rows or columns % scheme_groups:
-            raise MoeCollabError(f"shape {list(tensor.shape)} for a weight of {rows} x {columns}.")
-        stored_group = columns // scheme_groups
-        repeated = tensor.repeat_interleave(stored_group // descriptor[Field.GROUP_SIZE], dim=1)
-        arena, field = (layer.arena_scales, Field.SCALES)
-        if kind == "weight_zero_point":
-            arena, field = (layer.arena_zero_points, Field.ZERO_POINTS)
+            tensor = unpack(tensor, descriptor[Field.NUM_BITS], (rows, groups), packed_dim=0)
+            arena, field = layer.arena_zero_points, Field.ZERO_POINTS
+        _expect(tensor.shape, (rows, groups))
+        repeated = tensor.repeat_interleave(columns // groups // descriptor[Field.GROUP_SIZE], dim=1)
         _write(arena, descriptor[field], self._cut(repeated, projection))
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -243,6 +246,11 @@ def _needed(descriptor: list[int]) -> list[str]:
         return ["weight"]
     zero = [] if descriptor[Field.ZERO_POINTS] < 0 else ["weight_zero_point"]
     return ["weight_packed", "weight_scale", *zero]
+
+
+def _expect(shape: Any, expected: tuple[int, int]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise MoeCollabError(f"shape {list(shape)}, expected {list(expected)}.")
 
 
 def _write(arena: torch.Tensor, start: int, values: torch.Tensor) -> None:

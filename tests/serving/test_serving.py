@@ -108,12 +108,17 @@ def broken(source: Path, target: Path, name: str, value: torch.Tensor | None) ->
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
-    [(None, "lacks 1 tensors"), (torch.zeros(128, 5, dtype=torch.int32), "cannot hold 128 x 128 codes of 3 bits")],
-    ids=["missing", "truncated"],
+    ("suffix", "value", "message"),
+    [
+        ("weight_packed", None, "lacks 1 tensors"),
+        ("weight_packed", torch.zeros(128, 5, dtype=torch.int32), "cannot hold 128 x 128 codes of 3 bits"),
+        # Half the groups would stretch over all columns, were only divisibility checked.
+        ("weight_scale", torch.ones(128, 2, dtype=torch.bfloat16), "shape [128, 2], expected [128, 4]"),
+    ],
+    ids=["missing", "truncated", "too few groups"],
 )
-def test_a_broken_checkpoint_is_refused_by_name(qwen3, tmp_path, value, message):
-    name = "model.layers.0.mlp.experts.1.up_proj.weight_packed"
+def test_a_broken_checkpoint_is_refused_by_name(qwen3, tmp_path, suffix, value, message):
+    name = f"model.layers.0.mlp.experts.1.up_proj.{suffix}"
     done = run_vllm(broken(qwen3, tmp_path / "broken", name, value), {})
     assert done.returncode != 0
     assert message in done.stdout + done.stderr and name in done.stdout + done.stderr

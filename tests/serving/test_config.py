@@ -1,0 +1,51 @@
+"""Which checkpoints the plugin takes from stock vLLM."""
+
+import pytest
+import torch
+
+from moe_collab.serving.config import MoeCollabConfig, current_platform, needs_this_package
+
+
+def config(*groups: tuple[list[str], int], ignore: tuple[str, ...] = (), strategy: str = "group") -> dict:
+    weights = {"type": "int", "symmetric": True, "strategy": strategy, "group_size": 128}
+    described = {
+        f"group_{i}": {"targets": t, "format": "pack-quantized", "weights": {**weights, "num_bits": b}}
+        for i, (t, b) in enumerate(groups)
+    }
+    return {"quant_method": "compressed-tensors", "config_groups": described, "ignore": list(ignore)}
+
+
+EVERYWHERE = [r"re:.*\.experts\.\d+\..*_proj$"]
+LAYER = [r"re:^model\.layers\.0\.mlp\.experts\.(0|1)\.(up_proj)$"]
+OTHERS = [r"re:^model\.layers\.0\.mlp\.experts\.(2|3)\.(up_proj)$"]
+
+
+@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
+def amx(request, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
+    return request.param
+
+
+def test_mixed_experts_are_ours(amx):
+    assert needs_this_package(config((LAYER, 4), (OTHERS, 3)))
+    assert needs_this_package(config((LAYER, 4), ignore=("lm_head", *OTHERS)))
+
+
+def test_uniform_four_bits_are_stock_only_with_amx(amx):
+    assert current_platform.is_cpu()
+    assert needs_this_package(config((EVERYWHERE, 4))) != amx
+    assert needs_this_package(config((EVERYWHERE, 4)), grouped_routing=True)
+    assert needs_this_package(config((EVERYWHERE, 4), strategy="channel"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+def test_other_uniform_bits_are_ours(amx, bits):
+    assert needs_this_package(config((EVERYWHERE, bits)))
+
+
+def test_nothing_else_is_ours(amx):
+    assert not needs_this_package(config(([r"re:.*self_attn.*"], 4)))
+    assert not needs_this_package(config(([r"re:.*shared_experts.*"], 3), ignore=("lm_head",)))
+    assert MoeCollabConfig.override_quantization_method({"quant_method": "fp8"}, None) is None
+    assert MoeCollabConfig.override_quantization_method(config((EVERYWHERE, 3)), "gptq") is None
+    assert MoeCollabConfig.override_quantization_method(config((EVERYWHERE, 4)), "moe_collab") == "moe_collab"
