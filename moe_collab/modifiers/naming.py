@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -26,7 +24,6 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def use_checkpoint_names(model: torch.nn.Module) -> None:
@@ -60,23 +57,11 @@ def checkpoint_names(model: torch.nn.Module, modules: list[str]) -> dict[str, st
     return {modules[t.shape[0] - 1]: name.removesuffix(".weight_packed") for name, t in saved.items()}
 
 
-def checkpoint_entries(
-    model: torch.nn.Module, replaced: Callable[[str, torch.nn.Module], list[TensorEntry] | None]
-) -> list[TensorEntry]:
-    """Every tensor that `save_pretrained` will write, in its order.
-
-    `replaced(module name, module)` gives the tensors that stand for a quantized module, None for others.
-    """
-    meta: dict[str, torch.Tensor] = {}
-    substitutes = {name: replaced(name, module) for name, module in model.named_modules()}
-    for name, tensor in remove_tied_weights_from_state_dict(model.state_dict(), model).items():
-        entries = substitutes.get(name.rpartition(".")[0])
-        if entries is None:
-            meta[name] = torch.empty_like(tensor, device="meta")
-        else:
-            meta.update({e.name: torch.empty(e.shape, dtype=_TORCH[e.dtype], device="meta") for e in entries})
-    saved = revert_weight_conversion(model, meta)
-    return [entry_of(name, tensor) for name, tensor in saved.items()]
+def checkpoint_entries(model: torch.nn.Module) -> list[TensorEntry]:
+    """Every tensor that `save_pretrained` would write of the unquantized model, in its order."""
+    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    return [entry_of(name, tensor) for name, tensor in revert_weight_conversion(model, meta).items()]
 
 
 def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from ..architectures import MoEModel, describe
 from ..checkpoint.sizes import TensorEntry, checkpoint_bytes, quantized_entries
 from ..errors import MoeCollabError
 from ..plan import CompressionPlan, fingerprint
-from .naming import checkpoint_entries, entry_of
+from .naming import checkpoint_entries, checkpoint_names, entry_of
 from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Planner:
         self._modules = dict(targets)
         self._sensitivity = sensitivity
         self._experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(self._modules)
+        self._unquantized = checkpoint_entries(model)
+        saved = checkpoint_names(model, list(self._modules))
+        self._by_saved_name = {f"{saved[name]}.weight": name for name in self._modules}
         self._groups = self._grouped()
         self._items = [self._item(name, members) for name, members in self._groups.items()]
 
@@ -134,8 +138,6 @@ class Planner:
         dtype = entry_of("", module.weight).dtype
         shape = tuple(module.weight.shape)
         entries = quantized_entries(name, shape, bits, size, recipe.symmetric, scale_dtype=dtype)
-        if module.bias is not None:
-            entries.append(entry_of(f"{name}.bias", module.bias))
         return entries
 
     def _stored_bytes(self, name: str, bits: int) -> int:
@@ -152,10 +154,16 @@ class Planner:
         return dict(sorted(chosen.items()))
 
     def _file_size(self, bits: dict[str, int]) -> int:
-        def replaced(name: str, _module: torch.nn.Module) -> list[TensorEntry] | None:
-            return self._entries(name, bits[name]) if bits.get(name, 16) != 16 else None
-
-        return checkpoint_bytes(checkpoint_entries(self._model, replaced))
+        """Exact size of the checkpoint; the names of its tensors are worked out once, for they never change."""
+        entries: list[TensorEntry] = []
+        for entry in self._unquantized:
+            name = self._by_saved_name.get(entry.name)
+            if name is None or bits[name] == 16:
+                entries.append(entry)
+            else:
+                saved = entry.name.removesuffix(".weight")
+                entries += [replace(e, name=saved + e.name.removeprefix(name)) for e in self._entries(name, bits[name])]
+        return checkpoint_bytes(entries)
 
     def _fit_file_size(self, budget: int) -> list[int]:
         smallest = [0] * len(self._items)
