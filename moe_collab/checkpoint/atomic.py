@@ -36,6 +36,8 @@ def replace_directory(target: Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(beside, target)
     except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["compact_targets", "config_groups", "write_quantization_config"]
 
-_EXPERT = re.compile(r"^(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)$")
+_EXPERT = re.compile(r"^(?P<layer>.*\.experts)\.(?P<index>0|[1-9][0-9]*)\.(?P<projection>\w+)$")
 
 
 def compact_targets(names: Iterable[str]) -> list[str]:
@@ -37,7 +37,8 @@ def compact_targets(names: Iterable[str]) -> list[str]:
 
 
 def _escape(name: str) -> str:
-    return name.replace(".", r"\.")
+    """Like `re.escape`, but without backslashes before characters that need none."""
+    return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name)
 
 
 def config_groups(schemes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

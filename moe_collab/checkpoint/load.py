@@ -30,7 +30,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: 
     with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, stock_conversions():
         write_dense_twin(path, folder, dtype)
         arguments = {"dtype": dtype or "auto", "output_loading_info": True} | from_pretrained
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        except RuntimeError as error:  # transformers' word for shapes that do not fit
+            raise MoeCollabError(f"{path}: its tensors do not fit the model in config.json. {error}") from error
         model, report = loaded
     model.config._name_or_path = str(path)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -58,6 +61,7 @@ def write_dense_twin(path: str | Path, output: str | Path, dtype: torch.dtype | 
     Dequantized weights get `dtype`, or else that of their scales; other tensors stay as they are.
     """
     checkpoint, output = Checkpoint(path), Path(output)
+    checkpoint.check_experts()
     output.mkdir(parents=True, exist_ok=True)
     save_file(checkpoint.dense_tensors(dtype), output / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}

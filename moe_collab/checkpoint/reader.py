@@ -17,6 +17,7 @@ from ..formats import dequantize, unpack
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
+_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(?P<tensor>\w+)$")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -34,6 +35,17 @@ class Quantized:
         return dequantize(self.codes, self.scale, self.zero_point, self.g_idx, dtype)
 
 
+def check_scales(scale: torch.Tensor, rows: int, columns: int, weights: dict[str, Any]) -> None:
+    """Raise `MoeCollabError` unless `scale` has the shape [rows, groups] and the dtype that the scheme asks for."""
+    size = weights.get("group_size")
+    groups = columns // size if size and size > 0 else 1
+    if tuple(scale.shape) != (rows, groups) or not scale.is_floating_point():
+        raise MoeCollabError(
+            f"weight_scale is {scale.dtype} {list(scale.shape)}, its scheme in config.json needs a floating-point "
+            f"[{rows}, {groups}]."
+        )
+
+
 class Checkpoint:
     """Names, schemes and tensors of the checkpoint in a directory."""
 
@@ -45,9 +57,14 @@ class Checkpoint:
             raise MoeCollabError(f"{self.path}/config.json: cannot be read ({error}). Is this a checkpoint?") from error
         self._files: dict[str, Any] = {}
         self._where: dict[str, Path] = {}
-        for file in sorted(self.path.glob("*.safetensors")):
+        # The group that names no module but their class, as in uniform checkpoints.
+        self._of_linears: dict[str, Any] | None = None
+        expected = self._index()
+        # Other files may lie there too: shards of an older save, another format's consolidated weights.
+        files = {self.path / f for f in expected.values()} or set(self.path.glob("*.safetensors"))
+        for file in sorted(files):
             self._open(file)
-        self._check_index()
+        self._check_complete(expected)
         self._patterns = self._compile()
 
     def _open(self, file: Path) -> None:
@@ -60,13 +77,34 @@ class Checkpoint:
         self._files[file.name] = handle
         self._where.update(dict.fromkeys(handle.keys(), file))
 
-    def _check_index(self) -> None:
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name, empty for a checkpoint of one file."""
         index = self.path / "model.safetensors.index.json"
-        expected = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-        missing = sorted(expected.keys() - self._where.keys())
+        try:
+            return dict(json.loads(index.read_text())["weight_map"]) if index.exists() else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MoeCollabError(f"{index}: cannot be read ({error!r}). Copy or make the checkpoint again.") from error
+
+    def _check_complete(self, expected: dict[str, str]) -> None:
+        missing = sorted(n for n, f in expected.items() if n not in self._where or self._where[n].name != f)
         if missing or not self._where:
-            what = f"tensors {missing[:5]} named in {index.name}" if missing else "*.safetensors files"
+            what = f"tensors {missing[:5]}, named in the index," if missing else "*.safetensors files"
             raise MoeCollabError(f"{self.path}: {what} are missing. Copy or make the checkpoint again.")
+
+    def check_experts(self) -> None:
+        """Raise `MoeCollabError` naming an expert that is absent between others, or lacks a projection of theirs."""
+        layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for name in self._where:
+            if (match := _EXPERT.match(name)) and match["tensor"] in ("weight", "weight_packed"):
+                layers[match["layer"]][match["projection"]].add(int(match["index"]))
+        for layer, by_projection in layers.items():
+            count = max(map(max, by_projection.values())) + 1
+            for projection, indices in by_projection.items():
+                if gone := sorted(set(range(count)) - indices):
+                    raise MoeCollabError(
+                        f"{self.path}: {layer}.{gone[0]}.{projection} is missing (of {count} experts, {len(gone)} "
+                        "lack it). Copy or make the checkpoint again."
+                    )
 
     def _compile(self) -> dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]]:
         """Targets by the layer prefix they can match, so that a module is tried on few of them."""
@@ -76,7 +114,10 @@ class Checkpoint:
             for target in group["targets"]:
                 pattern = re.compile(target[3:] if target.startswith("re:") else rf"^{re.escape(target)}$")
                 literal = re.match(r"re:\^((?:[\w]|\\\.)*?layers\\\.\d+)\\\.", target)
-                patterns[literal[1].replace("\\", "") if literal else ""].append((pattern, group))
+                if target == "Linear":
+                    self._of_linears = group
+                else:
+                    patterns[literal[1].replace("\\", "") if literal else ""].append((pattern, group))
         return patterns
 
     def names(self) -> list[str]:
@@ -103,7 +144,7 @@ class Checkpoint:
             for pattern, group in self._patterns.get(key, ()):
                 if pattern.match(module):
                     return group
-        return None
+        return self._of_linears if f"{module}.weight_packed" in self._where else None
 
     def quantized(self, module: str) -> Quantized:
         """Codes and scales of a packed module. Raises `MoeCollabError` for formats we cannot read."""
@@ -112,9 +153,12 @@ class Checkpoint:
             raise MoeCollabError(f"{module}.weight_packed: no config group in config.json targets it.")
         layout = group.get("format") or self.config["quantization_config"].get("format")
         weights = group["weights"]
-        if layout != "pack-quantized" or weights["type"] != "int" or not 2 <= weights["num_bits"] <= 8:
-            raise MoeCollabError(f"{module}: format {layout} with {weights['num_bits']} bits is not one we can read.")
-        bits = weights["num_bits"]
+        bits, kind = weights["num_bits"], weights.get("type", "int")
+        if layout != "pack-quantized" or kind != "int" or not 2 <= bits <= 8:
+            raise MoeCollabError(
+                f"{module}.weight_packed: format {layout} of {bits}-bit {kind} is not one we can read. "
+                "We read pack-quantized integers of 2 to 8 bits."
+            )
         scale = self.tensor(f"{module}.weight_scale")
         rows, columns = self.tensor(f"{module}.weight_shape").tolist()
         optional = {s: self.tensor(f"{module}.{s}") for s in SUFFIXES[3:] if f"{module}.{s}" in self._where}
@@ -122,6 +166,7 @@ class Checkpoint:
         if (zero_point is None) != bool(weights.get("symmetric", True)):
             raise MoeCollabError(f"{module}.weight_zero_point: contradicts `symmetric` in config.json.")
         try:
+            check_scales(scale, rows, columns, weights)
             if zero_point is not None:
                 zero_point = unpack(zero_point, bits, (scale.shape[0], scale.shape[1]), packed_dim=0)
             codes = unpack(self.tensor(f"{module}.weight_packed"), bits, (rows, columns))

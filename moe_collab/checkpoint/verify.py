@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import MoeCollabError
-from .reader import Checkpoint, Quantized
+from .reader import SUFFIXES, Checkpoint, Quantized
 
 __all__ = ["Fingerprint", "fingerprint", "tensor_digest", "verify"]
 
@@ -52,6 +52,7 @@ def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[
         elif problem := _unsound(weight):
             problems.append(f"{name}: {problem}")
     names = set(checkpoint.names())
+    problems += _orphans(names, stored) + _unpacked(checkpoint, names, stored)
     for name, digest in plain.items():
         if name not in names:
             problems.append(f"{name}: is missing")
@@ -60,6 +61,20 @@ def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[
     if problems:
         listed = "\n  ".join(problems[:10])
         raise MoeCollabError(f"the saved checkpoint is wrong in {len(problems)} places; it was discarded:\n  {listed}")
+
+
+def _orphans(names: set[str], packed: set[str]) -> list[str]:
+    """Tensors of a packed weight whose weight is not there, and dense weights beside packed ones."""
+    split = [(name, *name.rpartition(".")[::2]) for name in sorted(names)]
+    lost = [n for n, module, suffix in split if suffix in SUFFIXES and module not in packed]
+    twice = [n for n, module, suffix in split if suffix == "weight" and module in packed]
+    return [f"{n}: belongs to no weight_packed" for n in lost] + [f"{n}: is stored packed too" for n in twice]
+
+
+def _unpacked(checkpoint: Checkpoint, names: set[str], packed: set[str]) -> list[str]:
+    """Weights that config.json calls quantized but that are stored dense."""
+    dense = sorted({n.removesuffix(".weight") for n in names if n.endswith(".weight")} - packed)
+    return [f"{n}.weight: is stored dense but config.json says quantized" for n in dense if checkpoint.scheme(n)]
 
 
 def _unsound(weight: Quantized) -> str | None:

@@ -1,6 +1,7 @@
 """Reading, verifying and replacing checkpoints, whole and broken."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -69,6 +70,103 @@ def test_a_wrong_tensor_is_named(saved, suffix, value, message):
     with pytest.raises(MoeCollabError, match=message) as error:
         verify(directory, prints, digests)
     assert NAME in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(16, 4).bfloat16(), r"needs a floating-point \[16, 2\]"),
+        (torch.ones(16, 2, dtype=torch.int32), r"needs a floating-point \[16, 2\]"),
+    ],
+)
+def test_scales_that_contradict_the_config_are_named(saved, scale, message):
+    directory, *_ = saved
+    change(directory, weight_scale=scale)
+    with pytest.raises(MoeCollabError, match=message) as error:
+        Checkpoint(directory).quantized(NAME)
+    assert NAME in str(error.value)
+
+
+def edit_config(directory, edit):
+    config = json.loads((directory / "config.json").read_text())
+    edit(config["quantization_config"])
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_a_class_target_means_every_packed_module(saved):
+    directory, _, _, dense = saved
+    edit_config(directory, lambda q: q["config_groups"]["group_0"].update(targets=["Linear"]))
+    checkpoint = Checkpoint(directory)
+    assert torch.equal(checkpoint.dense_tensors()[f"{NAME}.weight"], dense)
+    assert checkpoint.scheme("norm") is None
+
+
+def test_an_unknown_format_is_named(saved):
+    directory, *_ = saved
+    edit_config(directory, lambda q: q["config_groups"]["group_0"].update(format="nvfp4-pack-quantized"))
+    with pytest.raises(MoeCollabError, match="nvfp4-pack-quantized") as error:
+        Checkpoint(directory).quantized(NAME)
+    assert NAME in str(error.value)
+
+
+def test_stray_dense_and_orphan_tensors_are_named(saved):
+    directory, prints, digests, _ = saved
+    tensors = load_file(directory / "model.safetensors")
+    other = NAME.replace("3.up", "4.up")
+    tensors |= {f"{NAME}.weight": torch.ones(16, 64), f"{other}.weight_scale": torch.ones(16, 2)}
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(MoeCollabError) as error:
+        verify(directory, prints, digests)
+    assert f"{NAME}.weight: is stored packed too" in str(error.value)
+    assert f"{other}.weight_scale: belongs to no weight_packed" in str(error.value)
+
+
+def test_a_weight_that_should_have_been_packed_is_named(saved):
+    directory, prints, digests, _ = saved
+    targets = ["re:^model\\.layers\\.0\\.mlp\\.experts\\.(3|4)\\.up_proj$"]
+    edit_config(directory, lambda q: q["config_groups"]["group_0"].update(targets=targets))
+    tensors = load_file(directory / "model.safetensors") | {NAME.replace("3.up", "4.up") + ".weight": torch.ones(4, 4)}
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(MoeCollabError, match=r"experts\.4\.up_proj\.weight: is stored dense"):
+        verify(directory, prints, digests)
+
+
+def test_only_the_index_files_are_read(saved):
+    directory, prints, digests, _ = saved
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name: torch.zeros(1) for name in tensors}, directory / "stale.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    verify(directory, prints, digests)
+    index["weight_map"]["norm.weight"] = "gone.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MoeCollabError, match=r"gone\.safetensors"):
+        Checkpoint(directory)
+    index["weight_map"]["norm.weight"] = "stale.safetensors"
+    index["weight_map"]["absent"] = "stale.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MoeCollabError, match="absent"):
+        Checkpoint(directory)
+    (directory / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(MoeCollabError, match=r"index\.json: cannot be read"):
+        Checkpoint(directory)
+
+
+def test_a_failed_last_rename_brings_the_old_back(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    rename = os.replace
+
+    def failing(source, destination):
+        if str(source).endswith(".partial"):
+            raise OSError("disk")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk"), replace_directory(target):
+        pass
+    assert (target / "config.json").read_text() == "old"
 
 
 def test_a_changed_plain_tensor_is_named(saved):

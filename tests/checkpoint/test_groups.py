@@ -12,6 +12,8 @@ ALL = [
     f"model.layers.{i}.mlp.experts.{e}.{p}" for i in (1, 11) for e in (0, 1, 10, 11) for p in ("up_proj", "down_proj")
 ]
 ALL += ["model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "lm_head"]
+# Characters that mean something in a regex, and an index that is no number to us.
+ALL += ["odd+name", "oddname", "oddddname", "a(b)|c", "a.experts.01.w1", "a.experts.1.w1", "aXexperts.1.w1"]
 
 
 def matches(targets, name):

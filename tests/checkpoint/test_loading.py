@@ -1,0 +1,84 @@
+"""Loading packed checkpoints of every family gives the dense twin's logits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from integration.tiny_models import TINY_FAMILIES, build_tiny
+from moe_collab import MoeCollabError
+from moe_collab.checkpoint.groups import config_groups
+from moe_collab.checkpoint.load import load, write_dense_twin
+from moe_collab.formats import dequantize, pack
+
+
+def quantize_experts(path):
+    """Pack the routed experts of the checkpoint in place, 3 or 4 bits; what it computes with, by tensor name."""
+    file = path / "model.safetensors"
+    tensors, dense, schemes = load_file(file), {}, {}
+    for i, name in enumerate(sorted(n for n in tensors if ".experts." in n and n.endswith(".weight"))):
+        module, bits, weight = name.removesuffix(".weight"), 3 + i % 2, tensors.pop(name)
+        rows, columns = weight.shape
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), weight.shape).to(torch.int8)
+        scale = (torch.rand(rows, columns // 32) / 20).bfloat16()
+        tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"] = pack(codes, bits), scale
+        tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        schemes[module] = {"weights": weights, "format": "pack-quantized"}
+        dense[name] = dequantize(codes, scale, dtype=torch.float32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    groups = config_groups(schemes)
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (path / "config.json").write_text(json.dumps(config))
+    return dense
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(40)[None] * 5).logits
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_packed_checkpoint_computes_as_its_twin(tmp_path, family):
+    packed = build_tiny(family, tmp_path / "packed")
+    twin = shutil.copytree(packed, tmp_path / "twin")
+    dense = quantize_experts(packed)
+    assert dense
+    save_file(load_file(twin / "model.safetensors") | dense, twin / "model.safetensors", metadata={"format": "pt"})
+    expected = logits(AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32))
+    assert torch.equal(logits(load(packed, torch.float32)), expected)
+    write_dense_twin(packed, tmp_path / "written", torch.float32)
+    assert torch.equal(logits(load(tmp_path / "written", torch.float32)), expected)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_missing_expert_is_never_random(tmp_path, family):
+    path = build_tiny(family, tmp_path / "tiny")
+    quantize_experts(path)
+    tensors = load_file(path / "model.safetensors")
+    gone = {n.rpartition(".")[0] for n in tensors if ".experts.5." in n}
+    kept = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in gone}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MoeCollabError, match=r"experts\.5\.\w+ is missing \(of 8 experts"):
+        load(path)
+
+
+def test_a_config_of_other_shapes_is_refused(tmp_path):
+    path = build_tiny("qwen3_moe", tmp_path / "tiny")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(MoeCollabError, match=r"do not fit the model in config\.json"):
+        load(path)
+
+
+def test_a_missing_plain_tensor_is_never_random(tmp_path):
+    path = build_tiny("qwen3_moe", tmp_path / "tiny")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MoeCollabError, match=r"missing keys.*q_proj"):
+        load(path)
