@@ -20,6 +20,7 @@ from ..architectures import MoEModel, describe
 from ..errors import MoeCollabError
 from ..plan import CompressionPlan, fingerprint
 from .common import check_unquantized, following_quantizers, modifiers_of_this_pass
+from .expert_pruning import ExpertPruningModifier
 from .planner import Planner, model_fingerprint
 from .propagation import kl_per_squared_error
 from .routing import RoutingTap
@@ -107,6 +108,8 @@ class MixedBitAllocModifier(Modifier):
         describe(state.model)
         self._check_quantizer_follows()
         self._check_group_size(state.model)
+        if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
+            self._check_budget(state.model)
         install_save(state.model)
         return True
 
@@ -139,6 +142,11 @@ class MixedBitAllocModifier(Modifier):
                     f"inputs of {name}. Choose a divisor, or -1 for one scale per channel."
                 )
 
+    def _check_budget(self, model: torch.nn.Module) -> None:
+        """Raise `MoeCollabError` with the bytes needed if no allocation fits; needs no data."""
+        moe, nothing_measured = describe(model), Sensitivity(self._round, self.bits)
+        Planner(model, moe, self._targets(model), nothing_measured, {}, self).plan("", "")
+
     def _targets(self, model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
         """Every Linear that may lose bits: routed experts, and whatever `fixed` names."""
         experts = {id(module) for layer in describe(model).layers for *_, module in layer.projections()}
@@ -162,6 +170,7 @@ class MixedBitAllocModifier(Modifier):
             self._reused.check_matches(self.plan, model_fingerprint(state.model), self._recipe_fingerprint())
             logger.info("MixedBitAllocModifier: reusing {}", self.plan)
             return
+        self._check_budget(state.model)
         self._sensitivity = Sensitivity(self._round, self.bits)
         for layer in self._moe.layers:
             tap = RoutingTap(self, layer)

@@ -48,7 +48,7 @@ class Planner:
         recipe: MixedBitAllocModifier,
     ) -> None:
         self._model, self._moe, self._recipe = model, moe, recipe
-        self._factors = {name: factors[layer.name] for layer in moe.layers for name, *_ in layer.projections()}
+        self._factors = {n: factors.get(layer.name, 0.0) for layer in moe.layers for n, *_ in layer.projections()}
         self._modules = dict(targets)
         self._sensitivity = sensitivity
         self._experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(self._modules)

@@ -63,6 +63,8 @@ class Untouchable:
             [{"MixedBitAllocModifier": ALLOCATE}, {"GPTQModifier": {"scheme": "W4A16"}}],
             "would override the allocated bits",
         ),
+        ([{"MixedBitAllocModifier": {"budget": "300KB", "group_size": 32}}, QUANTIZE], r"too small.*at least \d"),
+        ([{"MixedBitAllocModifier": {"bpw": 2.1, "group_size": 32}}, QUANTIZE], r"too small.*need at least 2\.5"),
         ([{"MixedBitAllocModifier": {**ALLOCATE, "group_size": 48}}, QUANTIZE], "48 does not divide the 128 inputs of"),
     ],
 )
@@ -82,7 +84,8 @@ def test_impossible_budget_says_what_is_needed_and_keeps_the_old_checkpoint(budg
     out.mkdir()
     (out / "model.safetensors").write_text("a good checkpoint")
     with pytest.raises(MoeCollabError, match=r"too small.*(at least \d|need at least)"):
-        run(tiny("qwen3_moe"), {"MixedBitAllocModifier": {**budget, "group_size": 32}}, QUANTIZE, output=out)
+        prune = {"ExpertPruningModifier": {"retention": 0.75}}
+        run(tiny("qwen3_moe"), prune, {"MixedBitAllocModifier": {**budget, "group_size": 32}}, QUANTIZE, output=out)
     assert (out / "model.safetensors").read_text() == "a good checkpoint"
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
