@@ -63,6 +63,10 @@ class Untouchable:
             [{"MixedBitAllocModifier": ALLOCATE}, {"GPTQModifier": {"scheme": "W4A16"}}],
             "would override the allocated bits",
         ),
+        (
+            [{"MixedBitAllocModifier": ALLOCATE}, {"GPTQModifier": {"ignore": ["lm_head"], "actorder": "group"}}],
+            "stores weight_g_idx",
+        ),
         ([{"MixedBitAllocModifier": {"budget": "300KB", "group_size": 32}}, QUANTIZE], r"too small.*at least \d"),
         ([{"MixedBitAllocModifier": {"bpw": 2.1, "group_size": 32}}, QUANTIZE], r"too small.*need at least 2\.5"),
         ([{"MixedBitAllocModifier": {**ALLOCATE, "group_size": 48}}, QUANTIZE], "48 does not divide the 128 inputs of"),
