@@ -2,5 +2,6 @@
 
 from .packing import pack, packed_width, unpack
 from .rounding import dequantize
+from .ternary import TERNARY, pack_ternary, ternary_width, unpack_ternary
 
-__all__ = ["dequantize", "pack", "packed_width", "unpack"]
+__all__ = ["TERNARY", "dequantize", "pack", "pack_ternary", "packed_width", "ternary_width", "unpack", "unpack_ternary"]

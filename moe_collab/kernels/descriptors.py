@@ -1,27 +1,24 @@
-"""Where each expert tensor of a layer lies in its arena, and how it is coded."""
+"""Where each weight of a layer lies in its arenas, and how it is coded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import torch
-
 from ..errors import MoeCollabError
-from ..formats import packed_width
+from ..formats import TERNARY
 
-__all__ = ["ArenaLayout", "Field", "TensorSpec", "plan_arena"]
+__all__ = ["Field", "TensorSpec"]
 
 
 class Field(IntEnum):
-    """Columns of the descriptor table, int64 [experts, 3 (gate, up, down), 7]."""
+    """Columns of the descriptor table, int64 [..., 7]; for experts [experts, 3 (gate, up, down), 7]."""
 
     NUM_BITS = 0
-    """0 = the expert is gone, 2..8 = packed integers, 16 = bfloat16."""
+    """0 = the expert is gone, 1 = ternary, 2..8 = packed integers, 16 = bfloat16."""
     GROUP_SIZE = 1
     CODES = 2
-    """First int32 word of the packed codes (rows packed apart), or of the bfloat16 weights."""
+    """First element of the weight in the arena of codes."""
     SCALES = 3
     ZERO_POINTS = 4
     """-1 = symmetric."""
@@ -31,7 +28,10 @@ class Field(IntEnum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One weight [rows, columns] as it is stored; `group_size` weights of a row share a scale."""
+    """One weight [rows, columns] as the checkpoint stores it; `group_size` weights of a row share a scale.
+
+    Raises `MoeCollabError` for bits or groups no kernel serves.
+    """
 
     num_bits: int
     rows: int
@@ -39,42 +39,20 @@ class TensorSpec:
     group_size: int = 0
     symmetric: bool = True
 
+    def __post_init__(self) -> None:
+        if self.num_bits not in (0, TERNARY, 2, 3, 4, 5, 6, 7, 8, 16):
+            raise MoeCollabError(f"{self.num_bits} bits are not served; use 0, 1 (ternary), 2 to 8, or 16.")
+        if self.num_bits == 16 and self.columns % 2:
+            raise MoeCollabError(f"{self.columns} columns of 16 bits do not fill 32-bit words.")
+        if self.is_packed and (self.group_size < 1 or self.columns % self.group_size):
+            raise MoeCollabError(f"group size {self.group_size} does not divide {self.columns} columns.")
 
-@dataclass(frozen=True)
-class ArenaLayout:
-    """The table, and the sizes of the arenas for codes (int32), scales (float32) and zero points (int8)."""
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are integer codes and scales."""
+        return 0 < self.num_bits < 16
 
-    table: torch.Tensor
-    num_words: int
-    num_scales: int
-    num_zero_points: int
-
-
-def plan_arena(experts: Sequence[Sequence[TensorSpec]]) -> ArenaLayout:
-    """Lay out the gate, up and down weights of every expert of a layer, one after the other.
-
-    Raises `MoeCollabError` for bits or groups no kernel serves.
-    """
-    table = torch.zeros(len(experts), 3, len(Field), dtype=torch.int64)
-    words = scales = zeros = 0
-    for expert, specs in enumerate(experts):
-        for projection, spec in enumerate(specs):
-            _check(spec, expert, projection)
-            groups = spec.rows * (spec.columns // spec.group_size) if 0 < spec.num_bits < 16 else 0
-            zero_offset = -1 if spec.symmetric else zeros
-            row = [spec.num_bits, spec.group_size, words, scales, zero_offset, spec.rows, spec.columns]
-            table[expert, projection] = torch.tensor(row)
-            words += spec.rows * packed_width(spec.columns, spec.num_bits)
-            scales += groups
-            zeros += 0 if spec.symmetric else groups
-    return ArenaLayout(table, words, scales, zeros)
-
-
-def _check(spec: TensorSpec, expert: int, projection: int) -> None:
-    where = f"expert {expert} {('gate_proj', 'up_proj', 'down_proj')[projection]}"
-    if spec.num_bits not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
-        raise MoeCollabError(f"{where}: {spec.num_bits} bits are not served; use 0, 2 to 8, or 16.")
-    if spec.num_bits == 16 and spec.columns % 2:
-        raise MoeCollabError(f"{where}: {spec.columns} columns of 16 bits do not fill 32-bit words.")
-    if 0 < spec.num_bits < 16 and (spec.group_size < 1 or spec.columns % spec.group_size):
-        raise MoeCollabError(f"{where}: group size {spec.group_size} does not divide {spec.columns} columns.")
+    @property
+    def num_groups(self) -> int:
+        """Groups of one row."""
+        return self.columns // self.group_size if self.is_packed else 0

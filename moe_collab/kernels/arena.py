@@ -1,0 +1,101 @@
+"""One arena per layer: all its weights in three flat buffers, and the table that says where each one lies."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from .descriptors import Field, TensorSpec
+
+__all__ = ["Arena", "Layout", "allocate"]
+
+_HUGE_PAGE = 2 << 20
+
+
+class Layout(Protocol):
+    """How a backend wants weights to lie in memory."""
+
+    codes_dtype: torch.dtype
+    scales_dtype: torch.dtype
+    """What scales are kept in as long as that is exact; else float32."""
+
+    def stored_bits(self, spec: TensorSpec) -> int:
+        """`Field.NUM_BITS` of the stored weight, which may be wider than the checkpoint's."""
+
+    def num_codes(self, spec: TensorSpec) -> int:
+        """Elements of `codes_dtype`."""
+
+    def num_scales(self, spec: TensorSpec) -> int:
+        """Scales (and zero points), padding included."""
+
+    def arrange(self, values: torch.Tensor) -> torch.Tensor:
+        """Scales or zero points [rows, groups] in the order of the kernel."""
+
+    def write_codes(
+        self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
+    ) -> None:
+        """Write rows and columns of one checkpoint tensor where `descriptor` says."""
+
+
+class Cut:
+    """The part of a checkpoint tensor that a rank keeps: `spec`'s shape from (row, column) on, out of `shape`."""
+
+    def __init__(self, shape: tuple[int, int], row: int = 0, column: int = 0) -> None:
+        self.shape, self.row, self.column = shape, row, column
+
+
+class Arena:
+    """Codes, scales and zero points of `specs`, one after the other, and their table int64 [len(specs), 7]."""
+
+    def __init__(self, specs: Sequence[TensorSpec], layout: Layout) -> None:
+        self.specs, self.layout = list(specs), layout
+        self.table = torch.zeros(len(specs), len(Field), dtype=torch.int64)
+        codes = scales = zeros = 0
+        for row, spec in zip(self.table, self.specs, strict=True):
+            zero = zeros if spec.is_packed and not spec.symmetric else -1
+            fields = [layout.stored_bits(spec), spec.group_size, codes, scales, zero, spec.rows, spec.columns]
+            row.copy_(torch.tensor(fields))
+            codes += layout.num_codes(spec)
+            scales += layout.num_scales(spec)
+            zeros += layout.num_scales(spec) if zero >= 0 else 0
+        self.codes = allocate(codes, layout.codes_dtype)
+        self.scales = torch.zeros(scales, dtype=layout.scales_dtype)
+        self.zero_points = torch.zeros(zeros, dtype=torch.int8)
+
+    def write_codes(self, index: int, packed: torch.Tensor, cut: Cut | None = None) -> None:
+        """Store the codes (or the bfloat16 weight) of weight `index`. Raises `MoeCollabError` if they do not fit."""
+        spec = self.specs[index]
+        self.layout.write_codes(
+            self.codes, self.table[index], spec, packed.contiguous(), cut or Cut((spec.rows, spec.columns))
+        )
+
+    def write_scales(self, index: int, scales: torch.Tensor) -> None:
+        """Store scales [rows, groups], exactly: the arena becomes float32 if that takes more than it had."""
+        if self.scales.dtype != torch.float32 and not torch.equal(scales.to(self.scales.dtype).double(), scales.double()):
+            self.scales = self.scales.float()
+        self._write(self.scales, int(self.table[index, Field.SCALES]), scales)
+
+    def write_zero_points(self, index: int, zero_points: torch.Tensor) -> None:
+        """Store signed zero points int8 [rows, groups]."""
+        self._write(self.zero_points, int(self.table[index, Field.ZERO_POINTS]), zero_points)
+
+    def _write(self, buffer: torch.Tensor, start: int, values: torch.Tensor) -> None:
+        arranged = self.layout.arrange(values).flatten()
+        buffer[start : start + arranged.numel()] = arranged.to(buffer.dtype)
+
+
+def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeroed memory that takes space only as it is written, in huge pages where the system gives them.
+
+    Kernels stream through it: with pages of 4 KiB address translation costs several percent.
+    """
+    size = count * dtype.itemsize
+    if size < _HUGE_PAGE:
+        return torch.zeros(count, dtype=dtype)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count)

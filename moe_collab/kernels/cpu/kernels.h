@@ -1,0 +1,65 @@
+// What every instruction set provides: one table of functions.
+#pragma once
+
+#include "layout.h"
+
+namespace moe_collab {
+
+// One token's activations, quantized in blocks: x = scale * (128 high + low), or scale * high with one plane.
+struct Activations {
+  const int8_t* high;
+  const int8_t* low;
+  const float* scale;    // per block
+  const int32_t* sum;    // per block, of 128 high + low (or high)
+  const float* exact;    // unquantized, for 16-bit weights
+};
+
+// How the columns of a weight are spread over blocks; weights of one layout share quantized activations.
+struct BlockLayout {
+  int columns, group, padded_group, block;
+
+  int padded_columns() const { return columns / group * padded_group; }
+  int blocks() const { return padded_columns() / block; }
+  bool operator==(const BlockLayout&) const = default;
+};
+
+// Groups without padding are told apart by their blocks alone.
+inline BlockLayout block_layout(const Matrix& w) {
+  if (w.padded_group() == w.group) return {w.columns, w.block(), w.block(), w.block()};
+  return {w.columns, w.group, w.padded_group(), w.block()};
+}
+
+enum class Gating { silu, gelu, gelu_tanh, swigluoai };
+enum class Dtype { float32, bfloat16, float16 };
+
+constexpr int kMaxTokens = 8;
+
+// out[token][16] = tile `tile` of `w` times each token's activations.
+using DotTile = void (*)(const Matrix& w, int tile, const Activations* tokens, float* out, int prefetch);
+
+struct Kernels {
+  const char* name;
+  int max_tokens;  // of one DotTile: 1, 2, 4 or 8
+  // [storage format][planes - 1][log2 tokens]; see format_index.
+  DotTile dot[8][2][4];
+  void (*quantize)(const float* x, const BlockLayout&, int planes, int8_t* high, int8_t* low, float* scale,
+                   int32_t* sum);
+  // gate[i] = act(gate[i]) * up[i]
+  void (*gate)(Gating, int n, float* gate, const float* up);
+  void (*to_float)(Dtype, const void* x, int64_t n, float factor, float* out);
+  void (*from_float)(Dtype, const float* x, int64_t n, void* out);
+};
+
+constexpr int format_index(int bits) {
+  return bits == 16 ? 0 : bits == 8 ? 1 : bits == kTernary ? 7 : bits;  // 2 to 6 in place
+}
+constexpr int kFormatBits[8] = {16, 8, 2, 3, 4, 5, 6, kTernary};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace moe_collab

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "runtime.h"
+
+namespace moe_collab {
+
+// Writes one checkpoint tensor's rows [row, row + rows) and columns [column, column + columns) as tiles; see
+// `moe_collab.kernels.cpu.repack`.
+void repack(const Tensor& packed, int64_t num_bits, bool padded, int64_t row, int64_t column,
+            const Tensor& descriptor, Tensor codes);
+
+}  // namespace moe_collab
