@@ -11,7 +11,10 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.platforms import current_platform
 
+from ..kernels.backends import backend
 from .experts import ExpertSchemes, MixedBitMoEMethod
+from .linear import SERVED, MixedBitLinearMethod
+from .weights import is_packed_integer
 
 __all__ = ["NAME", "MoeCollabConfig", "needs_this_package"]
 
@@ -37,10 +40,31 @@ class MoeCollabConfig(CompressedTensorsConfig):
         return NAME if user_quant == NAME or needs_this_package(hf_quant_cfg, _routes_in_groups(hf_config)) else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Our method for routed experts, the parent's for everything else."""
+        """Our methods for routed experts and, on CPUs, for linear layers in packed integers; else the parent's.
+
+        Stock vLLM has only a 4-bit linear kernel for CPUs, which is slower than ours but faster than the reference.
+        """
         if isinstance(layer, RoutedExperts):
             return MixedBitMoEMethod(layer.moe_config, self._expert_schemes(layer, prefix))
+        if type(layer) in SERVED and current_platform.is_cpu():
+            names = self._parts(prefix)
+            schemes = [self._scheme(layer, name) for name in names]
+            bits = {s["weights"].num_bits if is_packed_integer(s) else s and 0 for s in schemes}
+            if bits - {None} and 0 not in bits and (bits != {4} or backend().is_fast):
+                return MixedBitLinearMethod(names, [s and s["weights"] for s in schemes])
         return super().get_quant_method(layer, prefix)
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Checkpoint names of the modules that vLLM fuses into `prefix`."""
+        parent, _, name = prefix.rpartition(".")
+        return [f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [])] or [prefix]
+
+    def _scheme(self, layer: torch.nn.Module, name: str) -> dict[str, Any] | None:
+        """None where the module is ignored or no target names it."""
+        try:
+            return self.get_scheme_dict(layer, name)
+        except ValueError:
+            return None
 
     def _expert_schemes(self, layer: RoutedExperts, prefix: str) -> ExpertSchemes:
         self._add_fused_moe_to_target_scheme_map()

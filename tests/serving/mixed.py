@@ -19,20 +19,30 @@ from moe_collab.formats import pack
 SCHEMES = [(2, 32, False), (3, 32, True), (4, 128, True), (5, 64, False), (6, 32, True), (8, -1, True), None]
 LAST = [(4, 128, False), (4, 128, False), (3, 64, True)]
 """The last expert's gate, up and down."""
+LINEAR = {
+    "q_proj": (4, 32, True),
+    "k_proj": (3, 32, False),
+    "v_proj": (8, -1, True),
+    "o_proj": (4, 64, False),
+    "kv_b_proj": (6, 32, True),
+    "lm_head": (5, 32, True),
+}
+"""Of the second layer, and of lm_head: q, k and v are one fused weight in vLLM."""
 
 
 def build_mixed(family: str, path: Path) -> tuple[Path, Path]:
-    """(checkpoint, float32 twin) of a tiny model whose experts have 2, 3, 4, 5, 6, 8 and 16 bits."""
+    """(checkpoint, float32 twin) of a tiny model: experts of 2, 3, 4, 5, 6, 8 and 16 bits, and `LINEAR`."""
     build_tiny(family, path)
     projections = next(f.checkpoint_projections for f in FAMILIES if family in f.model_types)
     tensors, schemes, plain = {}, {}, []
     for name, weight in load_file(path / "model.safetensors").items():
         module = name.removesuffix(".weight")
         match = re.search(r"\.experts\.(\d+)\.(\w+)$", module)
-        scheme = _scheme(int(match[1]), projections.index(match[2])) if match else None
+        linear = None if ".layers.0." in name else LINEAR.get(module.rpartition(".")[2])
+        scheme = _scheme(int(match[1]), projections.index(match[2])) if match else linear
         if scheme is None:
             tensors[name] = weight
-            plain += [module] if match or module == "lm_head" else []
+            plain += [module] if match or (weight.ndim == 2 and "embed" not in name) else []
             continue
         # Every second layer is stored as compressed-tensors 0.17 did.
         padded = ".layers.1." in name

@@ -65,10 +65,11 @@ def built(request, tmp_path_factory):
     return request.param, *build_mixed(request.param, tmp_path_factory.mktemp("serving") / request.param)
 
 
-def assert_equal(found: list, expected: list) -> None:
+def assert_equal(found: list, expected: list, tolerance: float = 4e-3) -> None:
+    """The same tokens, and log-probabilities within what rounding activations to 16 bits costs."""
     for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
         assert tokens == expected_tokens
-        assert logprobs == pytest.approx(expected_logprobs, abs=5e-4)
+        assert logprobs == pytest.approx(expected_logprobs, abs=tolerance)
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
@@ -88,6 +89,11 @@ def test_equals_the_dequantized_twin(built, parallel):
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
     return build_mixed("qwen3_moe", tmp_path_factory.mktemp("serving") / "qwen3")[0]
+
+
+def test_reference_backend_is_exact(qwen3):
+    found = generate(qwen3, {}, {"MOE_COLLAB_BACKEND": "reference"})
+    assert_equal(found, generate_with_transformers(qwen3), tolerance=5e-4)
 
 
 def test_compiled(qwen3):

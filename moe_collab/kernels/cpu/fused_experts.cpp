@@ -51,35 +51,42 @@ int fetch(const Source& source, const int64_t* indices, int64_t from, int64_t to
   return count;
 }
 
+// Calls work(tile, end tile, pair, end pair) in an order that keeps activations, then weights, in the cache.
+template <class Work>
+void sweep(const Expert& e, int64_t first, int64_t last, const Work& work) {
+  const int run = tiles_at_once(e.last - e.first);
+  for (int64_t from = e.first; from < e.last; from += kCached) {
+    const int64_t to = std::min(e.last, from + kCached);
+    for (int64_t tile = first; tile < last; tile += run)
+      for (int64_t at = from; at < to; at += kMaxTokens)
+        work(static_cast<int>(tile), static_cast<int>(std::min(last, tile + run)), at, std::min(to, at + kMaxTokens));
+  }
+}
+
+void add_bias(const float* bias, int count, int columns, int valid, float* values) {
+  for (int m = 0; m < count; ++m)
+    for (int i = 0; i < valid; ++i) values[m * columns + i] += bias[i];
+}
+
 void gate_up_tiles(const Layer& layer, const Expert& e, const QuantizedRows& x, const int64_t* rows, int64_t first,
                    int64_t last, float* h) {
   const Source gate{x, x.find(e.gate)}, up{x, x.find(e.up)};
   Activations tokens[kMaxTokens];
-  float g[kMaxTokens * kRows], u[kMaxTokens * kRows];
-  for (int64_t from = e.first; from < e.last; from += kCached) {
-    const int64_t to = std::min(e.last, from + kCached);
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int valid = std::min<int>(kRows, layer.width - tile * kRows);
-      for (int64_t at = from; at < to; at += kMaxTokens) {
-        const int64_t end = std::min(to, at + kMaxTokens);
-        const int count = fetch(gate, rows, at, end, tokens);
-        dot_tile(layer.kernels, e.gate, tile, tokens, count, layer.planes, g);
-        if (up.layout != gate.layout) fetch(up, rows, at, end, tokens);
-        dot_tile(layer.kernels, e.up, tile, tokens, count, layer.planes, u);
-        if (e.bias != nullptr) {
-          for (int m = 0; m < count; ++m) {
-            for (int r = 0; r < valid; ++r) {
-              g[m * kRows + r] += e.bias[tile * kRows + r];
-              u[m * kRows + r] += e.bias[layer.width + tile * kRows + r];
-            }
-          }
-        }
-        layer.kernels.gate(layer.gating, count * kRows, g, u);
-        for (int m = 0; m < count; ++m)
-          std::memcpy(h + (at + m) * layer.width + tile * kRows, g + m * kRows, valid * sizeof(float));
-      }
+  float g[kMaxTokens * kRun * kRows], u[kMaxTokens * kRun * kRows];
+  sweep(e, first, last, [&](int tile, int end, int64_t from, int64_t to) {
+    const int columns = (end - tile) * kRows, valid = std::min(columns, layer.width - tile * kRows);
+    const int count = fetch(gate, rows, from, to, tokens);
+    dot_tiles(layer.kernels, e.gate, tile, end, tokens, count, layer.planes, g);
+    if (up.layout != gate.layout) fetch(up, rows, from, to, tokens);
+    dot_tiles(layer.kernels, e.up, tile, end, tokens, count, layer.planes, u);
+    if (e.bias != nullptr) {
+      add_bias(e.bias + tile * kRows, count, columns, valid, g);
+      add_bias(e.bias + layer.width + tile * kRows, count, columns, valid, u);
     }
-  }
+    layer.kernels.gate(layer.gating, count * columns, g, u);
+    for (int m = 0; m < count; ++m)
+      std::memcpy(h + (from + m) * layer.width + tile * kRows, g + m * columns, valid * sizeof(float));
+  });
 }
 
 // --- second sweep: out += weight * (down h) ---
@@ -87,24 +94,18 @@ void gate_up_tiles(const Layer& layer, const Expert& e, const QuantizedRows& x, 
 void down_tiles(const Layer& layer, const Expert& e, const QuantizedRows& h, int64_t first, int64_t last, float* out) {
   const Source source{h, h.find(e.down)};
   Activations tokens[kMaxTokens];
-  float y[kMaxTokens * kRows];
-  for (int64_t from = e.first; from < e.last; from += kCached) {
-    const int64_t to = std::min(e.last, from + kCached);
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int valid = std::min<int>(kRows, layer.hidden - tile * kRows);
-      for (int64_t at = from; at < to; at += kMaxTokens) {
-        const int count = fetch(source, nullptr, at, std::min(to, at + kMaxTokens), tokens);
-        dot_tile(layer.kernels, e.down, tile, tokens, count, layer.planes, y);
-        for (int m = 0; m < count; ++m) {
-          const float weight = layer.weight_on_input ? 1.0f : layer.weights[at + m];
-          const float* bias = e.bias == nullptr ? nullptr : e.bias + 2 * layer.width + tile * kRows;
-          float* sum = out + layer.tokens[at + m] * layer.hidden + tile * kRows;
-          for (int r = 0; r < valid; ++r)
-            sum[r] += weight * (y[m * kRows + r] + (bias == nullptr ? 0.0f : bias[r]));
-        }
-      }
+  float y[kMaxTokens * kRun * kRows];
+  sweep(e, first, last, [&](int tile, int end, int64_t from, int64_t to) {
+    const int columns = (end - tile) * kRows, valid = std::min(columns, layer.hidden - tile * kRows);
+    const int count = fetch(source, nullptr, from, to, tokens);
+    dot_tiles(layer.kernels, e.down, tile, end, tokens, count, layer.planes, y);
+    if (e.bias != nullptr) add_bias(e.bias + 2 * layer.width + tile * kRows, count, columns, valid, y);
+    for (int m = 0; m < count; ++m) {
+      const float weight = layer.weight_on_input ? 1.0f : layer.weights[from + m];
+      float* sum = out + layer.tokens[from + m] * layer.hidden + tile * kRows;
+      for (int i = 0; i < valid; ++i) sum[i] += weight * y[m * columns + i];
     }
-  }
+  });
 }
 
 void run(const Layer& layer, Dtype dtype, const uint8_t* x, int64_t num_tokens, uint8_t* out) {
@@ -118,7 +119,7 @@ void run(const Layer& layer, Dtype dtype, const uint8_t* x, int64_t num_tokens, 
     add_layout(in_layouts, e.up);
     add_layout(mid_layouts, e.down);
     const int64_t tokens = e.last - e.first;
-    first_items.push_back({e.gate.tiles(), tile_cost(e.gate, tokens) + tile_cost(e.up, tokens)});
+    first_items.push_back({e.gate.tiles, tile_cost(e.gate, tokens) + tile_cost(e.up, tokens)});
   }
   Workspace& workspace = Workspace::get();
   workspace.reset(Workspace::bytes<float>(inputs * layer.hidden) + Workspace::bytes<float>(pairs * layer.width) +

@@ -75,26 +75,35 @@ constexpr int kNumFields = sizeof(Fields<BITS>::table) / sizeof(BitField);
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// One row of the descriptor table, resolved against the arenas.
+// One row of the descriptor table, resolved against the arenas; what kernels need is worked out once.
 struct Matrix {
-  const uint8_t* codes;
-  const void* scales;         // [tiles, groups, 16]
-  const int8_t* zero_points;  // likewise, signed; null = symmetric
-  int bits, rows, columns, group;
-  bool bfloat16_scales;
+  const uint8_t* codes = nullptr;
+  const void* scales = nullptr;         // [tiles, groups, 16]
+  const int8_t* zero_points = nullptr;  // likewise, signed; null = symmetric
+  bool bfloat16_scales = false;
+  int bits = 0, rows = 0, columns = 0, group = 0;
+  int tiles = 0, groups = 0, padded_group = 0, padded_columns = 0;
+  int block = 0;  // columns summed in integers before a scale is applied
+  int zero_point = 0;
+  int64_t tile_bytes = 0;
 
-  int tiles() const { return round_up(rows, kRows) / kRows; }
-  int groups() const { return bits == 16 ? 0 : columns / group; }
-  int padded_group() const { return round_up(group, bits == kTernary ? kTernaryUnit : kUnit); }
-  int padded_columns() const { return bits == 16 ? columns : groups() * padded_group(); }
-  // Columns summed in integers before a scale is applied.
-  int block() const { return padded_group() % 128 == 0 ? 128 : padded_group() % 64 == 0 ? 64 : kUnit; }
-  int zero_point() const { return bits == kTernary ? 1 : 1 << (bits - 1); }
-  int64_t tile_bytes() const {
-    if (bits == kTernary) return round_up(padded_columns() / kTernaryUnit * kTernaryUnitBytes, kLine);
-    return static_cast<int64_t>(padded_columns()) * kRows * bits / 8;
+  Matrix() = default;
+  Matrix(int bits, int rows, int columns, int group) : bits(bits), rows(rows), columns(columns), group(group) {
+    tiles = round_up(rows, kRows) / kRows;
+    if (bits == 16) {
+      padded_columns = columns;
+      tile_bytes = int64_t{2} * kRows * columns;
+      return;
+    }
+    groups = columns / group;
+    padded_group = round_up(group, bits == kTernary ? kTernaryUnit : kUnit);
+    padded_columns = groups * padded_group;
+    block = padded_group % 128 == 0 ? 128 : padded_group % 64 == 0 ? 64 : kUnit;
+    zero_point = bits == kTernary ? 1 : 1 << (bits - 1);
+    tile_bytes = bits == kTernary ? round_up(padded_columns / kTernaryUnit * kTernaryUnitBytes, kLine)
+                                  : int64_t{padded_columns} * kRows * bits / 8;
   }
-  int64_t num_scales() const { return static_cast<int64_t>(tiles()) * groups() * kRows; }
+  int64_t num_scales() const { return int64_t{tiles} * groups * kRows; }
 };
 
 }  // namespace moe_collab

@@ -18,21 +18,23 @@ void piece_tiles(const Kernels& kernels, const Piece& piece, const QuantizedRows
                  int64_t last, int planes, const float* bias, Dtype dtype, uint8_t* out, int64_t out_columns) {
   const int layout = x.find(piece.weight);
   const int64_t size = dtype == Dtype::float32 ? 4 : 2;
+  const int run = tiles_at_once(num_tokens);
   Activations tokens[kMaxTokens];
-  float y[kMaxTokens * kRows];
+  float y[kMaxTokens * kRun * kRows];
   for (int64_t from = 0; from < num_tokens; from += kCached) {
     const int64_t to = std::min(num_tokens, from + kCached);
-    for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t tile = first; tile < last; tile += run) {
+      const int end = static_cast<int>(std::min(last, tile + run)), columns = (end - static_cast<int>(tile)) * kRows;
       const int64_t column = piece.first_row + tile * kRows;
-      const int valid = std::min<int>(kRows, piece.weight.rows - tile * kRows);
+      const int valid = std::min<int>(columns, piece.weight.rows - tile * kRows);
       for (int64_t at = from; at < to; at += kMaxTokens) {
         const int count = static_cast<int>(std::min<int64_t>(kMaxTokens, to - at));
         for (int m = 0; m < count; ++m) tokens[m] = x.row(layout, at + m);
-        dot_tile(kernels, piece.weight, tile, tokens, count, planes, y);
+        dot_tiles(kernels, piece.weight, static_cast<int>(tile), end, tokens, count, planes, y);
         for (int m = 0; m < count; ++m) {
           if (bias != nullptr)
-            for (int r = 0; r < valid; ++r) y[m * kRows + r] += bias[column + r];
-          kernels.from_float(dtype, y + m * kRows, valid, out + ((at + m) * out_columns + column) * size);
+            for (int r = 0; r < valid; ++r) y[m * columns + r] += bias[column + r];
+          kernels.from_float(dtype, y + m * columns, valid, out + ((at + m) * out_columns + column) * size);
         }
       }
     }
@@ -86,7 +88,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
       quantized.quantize(kernels, begin, end);
     });
     std::vector<Item> items;
-    for (const Piece& piece : pieces) items.push_back({piece.weight.tiles(), tile_cost(piece.weight, count)});
+    for (const Piece& piece : pieces) items.push_back({piece.weight.tiles, tile_cost(piece.weight, count)});
     uint8_t* target = static_cast<uint8_t*>(out.mutable_data_ptr()) + start * out_columns * size;
     split_work(items, [&](int64_t i, int64_t first, int64_t last) {
       piece_tiles(kernels, pieces[i], quantized, count, first, last, planes, offsets, dtype, target, out_columns);

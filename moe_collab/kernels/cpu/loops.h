@@ -28,8 +28,8 @@ constexpr float kTiny = 1e-30f;
 // One block of `valid` values, padded with zeros to `size`. Non-finite values make the block's scale NaN, so that
 // every product with it is NaN.
 template <int PLANES>
-inline void quantize_block(const float* x, int valid, int size, int8_t* high, int8_t* low, float* scale,
-                           int32_t* sum) {
+inline void quantize_block(const float* __restrict x, int valid, int size, int8_t* __restrict high,
+                           int8_t* __restrict low, float* scale, int32_t* sum) {
   constexpr float kMost = PLANES == 2 ? 16256.0f : 127.0f;  // 127 * 128: both planes stay within int8
   uint32_t most = 0;
   for (int i = 0; i < valid; ++i) {
@@ -39,16 +39,15 @@ inline void quantize_block(const float* x, int valid, int size, int8_t* high, in
   const bool finite = most < kInfinity;
   const float step = finite ? float_of(most) / kMost : NAN;
   const float inverse = finite && float_of(most) > kTiny ? kMost / float_of(most) : 0.0f;
-  int32_t total = 0;
+  uint32_t total = 0;
   for (int i = 0; i < valid; ++i) {
-    // Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold.
-    const float scaled = finite ? x[i] * inverse : 0.0f;
-    const int32_t q = static_cast<int32_t>(bits_of(scaled + 12582912.0f) - 0x4b400000u);
+    // Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold. (Of non-finite values: anything.)
+    const uint32_t q = bits_of(x[i] * inverse + 12582912.0f) - 0x4b400000u;
     total += q;
     if constexpr (PLANES == 2) {
-      const int32_t h = (q + 64) >> 7;
+      const int32_t h = static_cast<int32_t>(q + 64) >> 7;
       high[i] = static_cast<int8_t>(h);
-      low[i] = static_cast<int8_t>(q - h * 128);
+      low[i] = static_cast<int8_t>(q - static_cast<uint32_t>(h) * 128);
     } else {
       high[i] = static_cast<int8_t>(q);
     }
@@ -56,7 +55,7 @@ inline void quantize_block(const float* x, int valid, int size, int8_t* high, in
   std::memset(high + valid, 0, size - valid);
   if constexpr (PLANES == 2) std::memset(low + valid, 0, size - valid);
   *scale = step;
-  *sum = total;
+  *sum = finite ? static_cast<int32_t>(total) : 0;
 }
 
 template <int PLANES>

@@ -88,12 +88,12 @@ void write_tile(const Matrix& w, const Stored& stored, int64_t row, int64_t colu
   const int valid_rows = std::min(kRows, w.rows - tile * kRows);
   // Signed codes keep their value: the zero point of the storage replaces the stored one.
   const int from = stored.bits == kTernary ? 1 : 1 << (stored.bits - 1);
-  const int lift = w.zero_point() - from;
-  uint8_t* tail = out + w.padded_columns() * 3;
+  const int lift = w.zero_point - from;
+  uint8_t* tail = out + w.padded_columns * 3;
   Unit codes;
-  for (int g = 0; g < w.groups(); ++g) {
-    for (int at = 0; at < w.padded_group(); at += unit) {
-      std::memset(codes, w.zero_point(), sizeof(codes));
+  for (int g = 0; g < w.groups; ++g) {
+    for (int at = 0; at < w.padded_group; at += unit) {
+      std::memset(codes, w.zero_point, sizeof(codes));
       for (int r = 0; r < valid_rows; ++r) {
         for (int k = 0; k < unit && at + k < w.group; ++k)
           codes[r][k] = stored.at(row + tile * kRows + r, column + g * w.group + at + k) + lift;
@@ -111,7 +111,7 @@ void write_tile(const Matrix& w, const Stored& stored, int64_t row, int64_t colu
 }
 
 void write_bfloat16_tile(const Matrix& w, const Stored& stored, int64_t row, int64_t column, int tile, uint8_t* out) {
-  std::memset(out, 0, w.tile_bytes());
+  std::memset(out, 0, w.tile_bytes);
   for (int r = 0; r < std::min(kRows, w.rows - tile * kRows); ++r) {
     const uint8_t* source = stored.data + (row + tile * kRows + r) * stored.row_bytes + 2 * column;
     for (int k = 0; k < w.columns; ++k)
@@ -165,10 +165,10 @@ void repack(const Tensor& packed, int64_t num_bits, bool padded, int64_t row, in
   require(fits, "packed: [", rows, ", ", words, "] does not hold rows ", row, " to ", row + w.rows, ", columns ", column,
           " to ", width, " of ", num_bits, " bits");
   uint8_t* out = static_cast<uint8_t*>(codes.mutable_data_ptr()) + d[2];
-  torch::stable::parallel_for(0, w.tiles(), 4, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, w.tiles, 4, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto write = w.bits == 16 ? write_bfloat16_tile : write_tile;
-      write(w, stored, row, column, static_cast<int>(tile), out + tile * w.tile_bytes());
+      write(w, stored, row, column, static_cast<int>(tile), out + tile * w.tile_bytes);
     }
   });
 }

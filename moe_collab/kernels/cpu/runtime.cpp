@@ -99,8 +99,7 @@ Arenas::Arenas(const Tensor& c, const Tensor& s, const Tensor& z) {
 Matrix Arenas::matrix(const int64_t* row, const char* name, int64_t index) const {
   const int64_t bits = row[0], group = row[1], at = row[2], scale_at = row[3], zero_at = row[4];
   const int64_t rows = row[5], columns = row[6];
-  Matrix w{};
-  if (bits == 0) return w;
+  if (bits == 0) return {};
   const bool packed = bits == kTernary || (bits >= 2 && bits <= 6) || bits == 8;
   require(packed || bits == 16, "table: row ", index, " (", name, ") has ", bits,
           " bits; tiles of ternary, 2 to 6, 8 and 16 bits are served");
@@ -108,12 +107,9 @@ Matrix Arenas::matrix(const int64_t* row, const char* name, int64_t index) const
           ") has a shape of ", rows, " x ", columns);
   require(bits == 16 ? columns % 2 == 0 : group > 0 && columns % group == 0, "table: row ", index, " (", name,
           ") has groups of ", group, ", which do not divide ", columns, " columns");
-  w.bits = static_cast<int>(bits);
-  w.rows = static_cast<int>(rows);
-  w.columns = static_cast<int>(columns);
-  w.group = static_cast<int>(group);
+  Matrix w(static_cast<int>(bits), static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(group));
   w.bfloat16_scales = bfloat16_scales;
-  require(at >= 0 && at <= num_codes - w.tiles() * w.tile_bytes(), "codes: offset ", at, " of table row ", index, " (",
+  require(at >= 0 && at <= num_codes - w.tiles * w.tile_bytes, "codes: offset ", at, " of table row ", index, " (",
           name, ") lies outside the arena of ", num_codes, " bytes");
   w.codes = codes + at;
   if (bits == 16) return w;
@@ -192,16 +188,16 @@ Activations QuantizedRows::row(int layout, int64_t row) const {
   return {high, high + b.layout.padded_columns(), b.scales + at, b.sums + at, exact};
 }
 
-void dot_tile(const Kernels& kernels, const Matrix& w, int tile, const Activations* tokens, int count, int planes,
-              float* out) {
-  const DotTile* dot = kernels.dot[format_index(w.bits)][planes - 1];
+void dot_tiles(const Kernels& kernels, const Matrix& w, int first, int last, const Activations* tokens, int count,
+               int planes, float* out) {
+  const DotTiles* dot = kernels.dot[format_index(w.bits)][planes - 1];
   const int prefetch = settings().prefetch[w.bits];
   while (count > 0) {
     int most = kernels.max_tokens, log = most == 8 ? 3 : most == 4 ? 2 : most == 2 ? 1 : 0;
     while (most > count) most /= 2, --log;
-    dot[log](w, tile, tokens, out, prefetch);
+    dot[log](w, first, last, tokens, out, prefetch);
     tokens += most;
-    out += most * kRows;
+    out += most * (last - first) * kRows;
     count -= most;
   }
 }

@@ -110,12 +110,18 @@ class QuantizedRows {
 
 void add_layout(std::vector<BlockLayout>& layouts, const Matrix& w);
 
-// `tile` of `w` times `count` (at most kMaxTokens) tokens -> out[token][16].
-void dot_tile(const Kernels&, const Matrix& w, int tile, const Activations* tokens, int count, int planes, float* out);
+// Tiles [first, last) of `w` times `count` tokens -> out[token][tile][16].
+void dot_tiles(const Kernels&, const Matrix& w, int first, int last, const Activations* tokens, int count, int planes,
+               float* out);
+
+// How many tiles to take at once: a run of them for few tokens, which saves calls; with many tokens one tile is
+// used again and again from the cache.
+constexpr int kRun = 1;
+inline int tiles_at_once(int64_t tokens) { return tokens <= kMaxTokens ? kRun : 1; }
 
 // What a tile costs, in bytes read; arithmetic on `tokens` tokens is converted to bytes.
 inline int64_t tile_cost(const Matrix& w, int64_t tokens) {
-  return w.tile_bytes() + tokens * w.padded_columns();
+  return w.tile_bytes + tokens * w.padded_columns;
 }
 
 // Splits `costs.size()` items, each of `tiles` equal tiles, evenly by cost: calls work(item, first tile, last tile)

@@ -1,0 +1,127 @@
+"""From checkpoint tensors to an arena: schemes to specs, placing, completeness. Shared by experts and linear layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+
+from ..errors import MoeCollabError
+from ..formats import unpack
+from ..kernels.arena import Arena, Cut
+from ..kernels.backends import backend
+from ..kernels.descriptors import TensorSpec
+
+__all__ = ["BUFFERS", "KINDS", "CheckpointArena", "is_packed_integer", "make_spec"]
+
+KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+"""Suffixes of a module's tensors in the checkpoint."""
+
+BUFFERS = ("codes", "scales", "zero_points", "table")
+
+
+def is_packed_integer(scheme: dict | None) -> bool:
+    """Whether a compressed-tensors scheme is weight-only integers of 2 to 8 bits that we can serve."""
+    weights = scheme and scheme.get("weights")
+    return bool(
+        weights
+        and scheme.get("input_activations") is None
+        and scheme.get("format") == "pack-quantized"
+        and str(getattr(weights.type, "value", weights.type)) == "int"
+        and 2 <= weights.num_bits <= 8
+    )
+
+
+def make_spec(name: str, scheme: QuantizationArgs | None, shape: tuple[int, int], full_columns: int) -> TensorSpec:
+    """The spec of this rank's `shape`; a stored group that straddles ranks is cut into smaller equal ones."""
+    rows, columns = shape
+    if scheme is None:
+        return TensorSpec(16, rows, columns)
+    if scheme.actorder == "group":
+        raise MoeCollabError(f"{name}: actorder `group` (weight_g_idx) is not served. Quantize with `static`.")
+    group = math.gcd(_stored_group(scheme, full_columns), columns)
+    try:
+        return TensorSpec(scheme.num_bits, rows, columns, group, bool(scheme.symmetric))
+    except MoeCollabError as error:
+        raise MoeCollabError(f"{name}: {error}") from error
+
+
+def _stored_group(scheme: QuantizationArgs, full_columns: int) -> int:
+    return full_columns if scheme.group_size in (None, -1) else int(scheme.group_size)
+
+
+class CheckpointArena(Arena):
+    """An arena filled tensor by tensor as the checkpoint is read.
+
+    `names` and `schemes` (None = unquantized) are those of the modules behind `specs`.
+    """
+
+    def __init__(self, specs: list[TensorSpec], names: list[str], schemes: list[QuantizationArgs | None]) -> None:
+        super().__init__(specs, backend().layout)
+        self.names, self.schemes = names, schemes
+        self._loaded: set[tuple[int, str]] = set()
+
+    def place(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut) -> None:
+        """Write this rank's `cut` of one checkpoint tensor. Raises `MoeCollabError` naming the tensor."""
+        name, scheme = f"{self.names[index]}.{kind}", self.schemes[index]
+        if (kind == "weight") != (scheme is None) or kind == "weight_g_idx":
+            raise MoeCollabError(f"{name}: contradicts config.json, which stores this module as {scheme}.")
+        try:
+            if kind == "weight":
+                self._place_dense(index, tensor, cut)
+            elif kind == "weight_packed":
+                _expect([tensor.shape[0]], [cut.shape[0]])
+                self.write_codes(index, tensor, cut)
+            elif kind == "weight_shape":
+                _expect(tensor.tolist(), cut.shape)
+            else:
+                self._place_groups(index, kind, tensor, cut, _stored_group(scheme, cut.shape[1]))  # type: ignore[arg-type]
+        except (MoeCollabError, RuntimeError, ValueError) as error:
+            raise MoeCollabError(f"{name}: {error} The checkpoint is truncated or its config wrong.") from error
+        self._loaded.add((index, kind))
+
+    def _place_dense(self, index: int, weight: torch.Tensor, cut: Cut) -> None:
+        _expect(weight.shape, cut.shape)
+        if weight.dtype != torch.bfloat16:
+            raise MoeCollabError(f"unquantized experts are served in bfloat16, not {weight.dtype}.")
+        self.write_codes(index, weight, cut)
+
+    def _place_groups(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut, stored_group: int) -> None:
+        spec = self.specs[index]
+        shape = (cut.shape[0], cut.shape[1] // stored_group)
+        if kind == "weight_zero_point":
+            tensor = unpack(tensor, spec.num_bits, shape, packed_dim=0)
+        _expect(tensor.shape, shape)
+        groups = tensor[cut.row : cut.row + spec.rows].repeat_interleave(stored_group // spec.group_size, dim=1)
+        first = cut.column // spec.group_size
+        write = self.write_zero_points if kind == "weight_zero_point" else self.write_scales
+        write(index, groups[:, first : first + spec.num_groups])
+
+    def finish(self, layer: torch.nn.Module, what: str) -> None:
+        """Register the buffers on `layer`. Raises `MoeCollabError` if the checkpoint lacked a tensor of ours."""
+        missing = [
+            f"{self.names[index]}.{kind}"
+            for index, spec in enumerate(self.specs)
+            for kind in _needed(spec)
+            if (index, kind) not in self._loaded
+        ]
+        if missing:
+            raise MoeCollabError(
+                f"the checkpoint lacks {len(missing)} tensors of {what}, the first {missing[0]}. Copy or make it again."
+            )
+        for name in BUFFERS:
+            layer.register_buffer(f"arena_{name}", getattr(self, name), persistent=False)
+
+
+def _needed(spec: TensorSpec) -> list[str]:
+    if spec.num_bits == 0:
+        return []
+    if spec.num_bits == 16:
+        return ["weight"]
+    return ["weight_packed", "weight_scale", *([] if spec.symmetric else ["weight_zero_point"])]
+
+
+def _expect(shape: object, expected: object) -> None:
+    if list(shape) != list(expected):  # type: ignore[call-overload]
+        raise MoeCollabError(f"shape {list(shape)}, expected {list(expected)}.")  # type: ignore[call-overload]
