@@ -23,7 +23,7 @@ _TERNARY_UNIT, _TERNARY_UNIT_BYTES = 64, 208
 @cache
 def load() -> None:
     """Register the ops `moe_collab::*_cpu`. Raises `MoeCollabError` saying how to build what is missing."""
-    path = Path(__file__).with_name(LIBRARY)
+    path = Path(__file__).parent / LIBRARY
     if not path.exists():
         raise MoeCollabError(f"the CPU kernels are not built; run: {COMMAND}")
     try:

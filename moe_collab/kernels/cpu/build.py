@@ -1,4 +1,4 @@
-"""Compiles the extension: `python -m moe_collab.kernels.cpu.build`. Needs a C++20 compiler and an installed torch.
+"""Compiles the extension: `python -m moe_collab.kernels.cpu.build [FLAG ...]`. Needs a C++20 compiler and an installed torch.
 
 `setup.py` runs it at install; where that could not be (no compiler yet, or an isolated build that does not see
 torch), the command builds it afterwards, in place.
@@ -60,8 +60,8 @@ def build(target: Path, extra_flags: list[str] | None = None) -> Path:
         ]
         list(pool.map(_run, commands))
         library = Path(folder) / LIBRARY
-        link = ["-shared", *map(str, objects), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-s"]
-        _run([compiler, *(extra_flags or []), *link, "-o", str(library)])
+        link = ["-shared", *map(str, objects), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        _run([compiler, *(extra_flags or ["-s"]), *link, "-o", str(library)])
         target.mkdir(parents=True, exist_ok=True)
         staged = target / f".{LIBRARY}.{os.getpid()}"
         shutil.copy(library, staged)
@@ -76,6 +76,6 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        print(build(Path(__file__).parent))
+        print(build(Path(__file__).parent, sys.argv[1:]))
     except BuildError as error:
         sys.exit(f"moe_collab: the CPU kernels could not be built: {error}")
