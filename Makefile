@@ -3,11 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 COMPRESS := .venv/compress/bin
 SERVE := .venv/serve/bin
 SHELL := /bin/bash
-KERNELS := $(wildcard moe_collab/kernels/cpu/*.cpp moe_collab/kernels/cpu/*.h)
+KERNELS := moe_collab/kernels/cpu/_C.so
 
 .PHONY: demo test lint test-compress test-serve test-asan bench-cpu fixture environments clean
 
-demo: environments
+demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
 
 test: lint test-compress test-serve test-asan
@@ -15,7 +15,7 @@ test: lint test-compress test-serve test-asan
 environments: .venv/compress/.ready .venv/serve/.ready
 
 # The stamp is written last, so an interrupted installation is done again.
-.venv/%/.ready: requirements/%.txt pyproject.toml setup.py requirements/vllm_shim.py $(KERNELS)
+.venv/%/.ready: requirements/%.txt pyproject.toml setup.py requirements/vllm_shim.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moe-collab needs Python 3.11 or later; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv --clear .venv/$*
@@ -24,16 +24,20 @@ environments: .venv/compress/.ready .venv/serve/.ready
 	if [ $* = serve ]; then $(SERVE)/python requirements/vllm_shim.py; fi
 	touch $@
 
+# The installation built it; this follows later changes of the sources.
+$(KERNELS): $(wildcard moe_collab/kernels/cpu/*.cpp moe_collab/kernels/cpu/*.h) | .venv/serve/.ready
+	$(SERVE)/python moe_collab/kernels/cpu/build.py
+
 lint: .venv/compress/.ready
 	$(COMPRESS)/ruff check .
 	$(COMPRESS)/ruff format --check .
 	$(COMPRESS)/mypy
 	$(COMPRESS)/lint-imports
 
-test-compress: .venv/compress/.ready
+test-compress: .venv/compress/.ready $(KERNELS)
 	$(COMPRESS)/python -m pytest tests --ignore tests/serving
 
-test-serve: .venv/serve/.ready
+test-serve: .venv/serve/.ready $(KERNELS)
 	$(SERVE)/python -m pytest tests --ignore tests/modifiers --ignore tests/integration
 
 # The kernels' tests with every access checked: a copy of the package, so that the installed library stays as it is.
@@ -42,6 +46,17 @@ test-asan: .venv/serve/.ready
 	cd build/asan && ../../$(SERVE)/python moe_collab/kernels/cpu/build.py -fsanitize=address,undefined -fno-sanitize-recover -O1 -g
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. ../../$(SERVE)/python -m pytest -q tests/kernels -k cpu
+
+# llama.cpp, the competitor, is compiled from its sources once (about a quarter of an hour); without it its column is empty.
+.venv/serve/.bench: .venv/serve/.ready
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(SERVE)/pip install --quiet --no-deps "llama-cpp-python==0.3.36" || \
+		echo "llama.cpp could not be built; the benchmark runs without it"
+	touch $@
+
+bench-cpu: environments .venv/serve/.bench $(KERNELS)
+	$(SERVE)/python -m integration.benchmarks.cpu
+	$(SERVE)/python -m integration.benchmarks.model
+	$(COMPRESS)/python -m integration.benchmarks.plot build/bench
 
 fixture: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.fixture.train

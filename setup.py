@@ -1,4 +1,4 @@
-"""Builds the CPU kernels at install. Without a compiler the package installs all the same, and says so when it serves."""
+"""Builds the CPU kernels at install. Without a compiler the package installs all the same, and says so on serving."""
 
 import importlib.util
 from pathlib import Path

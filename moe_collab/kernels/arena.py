@@ -74,7 +74,9 @@ class Arena:
 
     def write_scales(self, index: int, scales: torch.Tensor) -> None:
         """Store scales [rows, groups], exactly: the arena becomes float32 if that takes more than it had."""
-        if self.scales.dtype != torch.float32 and not torch.equal(scales.to(self.scales.dtype).double(), scales.double()):
+        if self.scales.dtype != torch.float32 and not torch.equal(
+            scales.to(self.scales.dtype).double(), scales.double()
+        ):
             self.scales = self.scales.float()
         self._write(self.scales, int(self.table[index, Field.SCALES]), scales)
 
@@ -95,7 +97,9 @@ def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
     size = count * dtype.itemsize
     if size < _HUGE_PAGE:
         return torch.zeros(count, dtype=dtype)
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(count, dtype=dtype)
+    # Private, because shared memory gets no huge pages.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count)

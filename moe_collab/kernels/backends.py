@@ -12,7 +12,8 @@ from loguru import logger
 
 from ..errors import MoeCollabError
 from . import cpu, reference
-from .arena import Layout
+from .arena import Arena, Layout
+from .cpu.tuning import tune
 from .plain import PLAIN
 
 __all__ = ["Backend", "activation_bits", "backend"]
@@ -26,6 +27,8 @@ class Backend:
     layout: Layout
     fused_experts: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
+    tune: Callable[[Arena], object] = lambda arena: None
+    """Measure, once, what the kernels' speed depends on."""
     is_fast: bool = True
 
 
@@ -49,7 +52,7 @@ def backend() -> Backend:
         else:
             ops = torch.ops.moe_collab
             name = f"cpu ({cpu.configure()})"
-            return Backend(name, cpu.TileLayout(), ops.fused_experts_cpu, ops.linear_cpu)
+            return Backend(name, cpu.TileLayout(), ops.fused_experts_cpu, ops.linear_cpu, tune)
     return Backend("torch reference", PLAIN, reference.fused_experts, reference.linear, is_fast=False)
 
 

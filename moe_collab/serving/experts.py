@@ -110,6 +110,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a checkpoint that lacks a tensor this rank needs; drop the placeholders."""
         self._arena.finish(layer, self.schemes.prefix)
+        backend().tune(self._arena)
         layer.arena_table = layer.arena_table.view(-1, 3, layer.arena_table.shape[1])
         bits = sorted({spec.num_bits for spec in self._arena.specs})
         del self._arena

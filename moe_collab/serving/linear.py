@@ -57,7 +57,9 @@ class MixedBitLinearMethod(LinearMethodBase):
     ) -> None:
         """Allocate the arena, and placeholders that catch the checkpoint's tensor names."""
         if len(output_partition_sizes) != len(self.names):
-            raise MoeCollabError(f"{self.names[0]}: {len(output_partition_sizes)} fused parts, {len(self.names)} names.")
+            raise MoeCollabError(
+                f"{self.names[0]}: {len(output_partition_sizes)} fused parts, {len(self.names)} names."
+            )
         columns = input_size_per_partition
         kept = _cuts(layer, output_partition_sizes, input_size, columns)
         self._cuts = [cut for _, cut in kept]

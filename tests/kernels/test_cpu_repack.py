@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused():
         arena.write_codes(0, words[:, :5])
     with pytest.raises((ValueError, RuntimeError), match="does not hold rows 8 to 24"):
         arena.write_codes(0, words, Cut((16, 64), row=8))
-    with pytest.raises((ValueError, RuntimeError), match="does not hold .* columns 64 to 128"):
+    with pytest.raises((ValueError, RuntimeError), match=r"does not hold .* columns 64 to 128"):
         arena.write_codes(1, pack_ternary(torch.zeros(16, 64, dtype=torch.int8), 32), Cut((16, 64), column=64))
     with pytest.raises((ValueError, RuntimeError), match="packed: int32"):
         arena.write_codes(0, words.long())

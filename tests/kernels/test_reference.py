@@ -115,6 +115,4 @@ def test_an_arena_refuses_what_does_not_fit():
 
 def test_traces_through_the_fake_kernel():
     arenas, _ = build_layer()
-    torch.library.opcheck(
-        fused_experts, (*routing(), *arenas, *REST), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(fused_experts, (*routing(), *arenas, *REST), test_utils=("test_schema", "test_faketensor"))

@@ -23,7 +23,7 @@ LINEAR = {
     "q_proj": (4, 32, True),
     "k_proj": (3, 32, False),
     "v_proj": (8, -1, True),
-    "o_proj": (4, 64, False),
+    "o_proj": (6, 64, False),
     "kv_b_proj": (6, 32, True),
     "lm_head": (5, 32, True),
 }

@@ -1,4 +1,4 @@
-"""Compiles the extension: `python -m moe_collab.kernels.cpu.build [FLAG ...]`. Needs a C++20 compiler and an installed torch.
+"""Compiles the extension: `python -m moe_collab.kernels.cpu.build [FLAG ...]`. Needs a C++20 compiler and torch.
 
 `setup.py` runs it at install; where that could not be (no compiler yet, or an isolated build that does not see
 torch), the command builds it afterwards, in place.
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["LIBRARY", "COMMAND", "BuildError", "build"]
+__all__ = ["COMMAND", "LIBRARY", "BuildError", "build"]
 
 LIBRARY = "_C.so"
 COMMAND = "python -m moe_collab.kernels.cpu.build"

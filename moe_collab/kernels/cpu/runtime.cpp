@@ -4,7 +4,7 @@ namespace moe_collab {
 
 namespace {
 
-constexpr int kDefaultPrefetch = 1024;
+constexpr int kDefaultPrefetch = 4096;
 // Work below this many bytes is not worth another thread.
 constexpr int64_t kBytesPerThread = 32768;
 

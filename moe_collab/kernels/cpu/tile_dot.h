@@ -22,6 +22,9 @@ MOE_INLINE int32_t quad(const int8_t* x) {
   return four;
 }
 
+// Into the second-level cache: there is room for the long distances that memory wants (5 % over the first level).
+MOE_INLINE void prefetch_line(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
 template <class V>
 struct Tile {
   using Bytes = typename V::Bytes;
@@ -65,7 +68,7 @@ struct Tile {
       Bytes quads[8];
       unpack<BITS>(codes, quads);
       if (half == 0)
-        for (int line = 0; line < BITS; ++line) __builtin_prefetch(codes + prefetch + kLine * line);
+        for (int line = 0; line < BITS; ++line) prefetch_line(codes + prefetch + kLine * line);
       V::template dot8<BITS, M, P>(quads, x, at + k, half, acc);
     }
   }
@@ -89,7 +92,7 @@ struct Tile {
       for (auto& a : c) a = V::zero();
     for (int k = 0; k < columns; k += kUnit, codes += kLine * BITS) {
 #pragma GCC unroll 8
-      for (int line = 0; line < BITS; ++line) __builtin_prefetch(codes + prefetch + kLine * line);
+      for (int line = 0; line < BITS; ++line) prefetch_line(codes + prefetch + kLine * line);
       [&]<int... I>(std::integer_sequence<int, I...>) MOE_LAMBDA_INLINE {
         (add_raw<BITS, I, P>(codes, *x, at + k, acc), ...);
       }(std::make_integer_sequence<int, kNumFields<BITS>>{});
@@ -120,7 +123,7 @@ struct Tile {
       Bytes quads[16];
       for (int line = 0; line < 3; ++line) {
         V::trits(V::load(codes + kLine * line), quads + 5 * line);
-        if (half == 0) __builtin_prefetch(codes + prefetch + kLine * line);
+        if (half == 0) prefetch_line(codes + prefetch + kLine * line);
       }
       quads[15] = V::pairs(tail + kRows / H * half);
       V::template dot8<2, M, P>(quads, x, at + k, half, acc);
@@ -198,7 +201,7 @@ struct Tile {
       for (auto& p : t)
         for (auto& f : p) f = V::zero_float();
     for (int k = 0; k < w.columns; k += 2, codes += kLine) {
-      __builtin_prefetch(codes + prefetch);
+      prefetch_line(codes + prefetch);
       for (int h = 0; h < H; ++h) {
         Float even, odd;
         V::load_pairs(codes + V::kBytes * h, even, odd);
