@@ -77,22 +77,28 @@ class MoeCollabConfig(CompressedTensorsConfig):
 
 
 def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = False) -> bool:
-    """Whether stock vLLM lacks a kernel for the routed experts of this `quantization_config`.
+    """Whether stock vLLM lacks a kernel for something in this `quantization_config`.
 
-    It has none for experts that differ within a layer, and none for packed integers other than 4 and 8 bits.
+    Of routed experts it has none for experts that differ within a layer, and none for packed integers other than 4 and 8 bits.
     On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
-    (vLLM 0.32, CPUExpertsInt4).
+    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone.
     """
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
+    others = set()
     for group in quantization.get("config_groups", {}).values():
         weights = group.get("weights") or {}
         if (group.get("format") or quantization.get("format")) != "pack-quantized":
             weights = {}
         keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
-        for layer in filter(None, map(_expert_layer, group.get("targets", []))):
-            schemes[layer].add(tuple(weights.get(key) for key in keys))
+        for layer in map(_expert_layer, group.get("targets", [])):
+            if layer:
+                schemes[layer].add(tuple(weights.get(key) for key in keys))
+            elif weights.get("type") == "int":
+                others.add(weights["num_bits"])
     for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
         schemes[layer].add((16,))
+    if current_platform.is_cpu() and others - {4}:
+        return True
     if all(len(found) == 1 and (16,) in found for found in schemes.values()):
         return False
     mixed = any(len(found) > 1 for found in schemes.values())

@@ -43,9 +43,14 @@ def test_other_uniform_bits_are_ours(amx, bits):
     assert needs_this_package(config((EVERYWHERE, bits)))
 
 
+def test_linear_layers_without_a_stock_kernel_are_ours(amx):
+    assert needs_this_package(config(([r"re:.*shared_experts.*"], 3), ignore=("lm_head",)))
+    assert needs_this_package(config(([r"re:.*self_attn.*"], 4), (["lm_head"], 8)))
+
+
 def test_nothing_else_is_ours(amx):
     assert not needs_this_package(config(([r"re:.*self_attn.*"], 4)))
-    assert not needs_this_package(config(([r"re:.*shared_experts.*"], 3), ignore=("lm_head",)))
+    assert not needs_this_package(config(([r"re:.*shared_experts.*"], 4), ignore=("lm_head",)))
     assert MoeCollabConfig.override_quantization_method({"quant_method": "fp8"}, None) is None
     assert MoeCollabConfig.override_quantization_method(config((EVERYWHERE, 3)), "gptq") is None
     assert MoeCollabConfig.override_quantization_method(config((EVERYWHERE, 4)), "moe_collab") == "moe_collab"

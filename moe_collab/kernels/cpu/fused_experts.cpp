@@ -7,11 +7,6 @@
 namespace moe_collab {
 namespace {
 
-// Tokens of one pass: bounds the workspace.
-constexpr int64_t kPass = 1024;
-// Tokens whose activations stay in the second-level cache while tiles go by.
-constexpr int64_t kCached = 64;
-
 Gating gating_of(const std::string& name) {
   if (name == "silu") return Gating::silu;
   if (name == "gelu") return Gating::gelu;
@@ -51,41 +46,40 @@ int fetch(const Source& source, const int64_t* indices, int64_t from, int64_t to
   return count;
 }
 
-// Calls work(tile, end tile, pair, end pair) in an order that keeps activations, then weights, in the cache.
+// Calls work(tile, pair, end pair) in an order that keeps activations, then weights, in the cache. Gate and up take
+// turns tile by tile: longer runs of either were 5 % slower.
 template <class Work>
 void sweep(const Expert& e, int64_t first, int64_t last, const Work& work) {
-  const int run = tiles_at_once(e.last - e.first);
   for (int64_t from = e.first; from < e.last; from += kCached) {
     const int64_t to = std::min(e.last, from + kCached);
-    for (int64_t tile = first; tile < last; tile += run)
-      for (int64_t at = from; at < to; at += kMaxTokens)
-        work(static_cast<int>(tile), static_cast<int>(std::min(last, tile + run)), at, std::min(to, at + kMaxTokens));
+    for (int tile = static_cast<int>(first); tile < last; ++tile)
+      for (int64_t at = from; at < to; at += kMaxTokens) work(tile, at, std::min(to, at + kMaxTokens));
   }
 }
 
-void add_bias(const float* bias, int count, int columns, int valid, float* values) {
+void add_bias(const float* bias, int count, int valid, float* values) {
   for (int m = 0; m < count; ++m)
-    for (int i = 0; i < valid; ++i) values[m * columns + i] += bias[i];
+    for (int r = 0; r < valid; ++r) values[m * kRows + r] += bias[r];
 }
 
 void gate_up_tiles(const Layer& layer, const Expert& e, const QuantizedRows& x, const int64_t* rows, int64_t first,
                    int64_t last, float* h) {
   const Source gate{x, x.find(e.gate)}, up{x, x.find(e.up)};
   Activations tokens[kMaxTokens];
-  float g[kMaxTokens * kRun * kRows], u[kMaxTokens * kRun * kRows];
-  sweep(e, first, last, [&](int tile, int end, int64_t from, int64_t to) {
-    const int columns = (end - tile) * kRows, valid = std::min(columns, layer.width - tile * kRows);
+  float g[kMaxTokens * kRows], u[kMaxTokens * kRows];
+  sweep(e, first, last, [&](int tile, int64_t from, int64_t to) {
+    const int at = tile * kRows, valid = std::min(kRows, layer.width - at);
     const int count = fetch(gate, rows, from, to, tokens);
-    dot_tiles(layer.kernels, e.gate, tile, end, tokens, count, layer.planes, g);
+    dot_tile(layer.kernels, e.gate, tile, tokens, count, layer.planes, g);
     if (up.layout != gate.layout) fetch(up, rows, from, to, tokens);
-    dot_tiles(layer.kernels, e.up, tile, end, tokens, count, layer.planes, u);
+    dot_tile(layer.kernels, e.up, tile, tokens, count, layer.planes, u);
     if (e.bias != nullptr) {
-      add_bias(e.bias + tile * kRows, count, columns, valid, g);
-      add_bias(e.bias + layer.width + tile * kRows, count, columns, valid, u);
+      add_bias(e.bias + at, count, valid, g);
+      add_bias(e.bias + layer.width + at, count, valid, u);
     }
-    layer.kernels.gate(layer.gating, count * columns, g, u);
+    layer.kernels.gate(layer.gating, count * kRows, g, u);
     for (int m = 0; m < count; ++m)
-      std::memcpy(h + (from + m) * layer.width + tile * kRows, g + m * columns, valid * sizeof(float));
+      std::memcpy(h + (from + m) * layer.width + at, g + m * kRows, valid * sizeof(float));
   });
 }
 
@@ -94,16 +88,16 @@ void gate_up_tiles(const Layer& layer, const Expert& e, const QuantizedRows& x, 
 void down_tiles(const Layer& layer, const Expert& e, const QuantizedRows& h, int64_t first, int64_t last, float* out) {
   const Source source{h, h.find(e.down)};
   Activations tokens[kMaxTokens];
-  float y[kMaxTokens * kRun * kRows];
-  sweep(e, first, last, [&](int tile, int end, int64_t from, int64_t to) {
-    const int columns = (end - tile) * kRows, valid = std::min(columns, layer.hidden - tile * kRows);
+  float y[kMaxTokens * kRows];
+  sweep(e, first, last, [&](int tile, int64_t from, int64_t to) {
+    const int at = tile * kRows, valid = std::min(kRows, layer.hidden - at);
     const int count = fetch(source, nullptr, from, to, tokens);
-    dot_tiles(layer.kernels, e.down, tile, end, tokens, count, layer.planes, y);
-    if (e.bias != nullptr) add_bias(e.bias + 2 * layer.width + tile * kRows, count, columns, valid, y);
+    dot_tile(layer.kernels, e.down, tile, tokens, count, layer.planes, y);
+    if (e.bias != nullptr) add_bias(e.bias + 2 * layer.width + at, count, valid, y);
     for (int m = 0; m < count; ++m) {
       const float weight = layer.weight_on_input ? 1.0f : layer.weights[from + m];
-      float* sum = out + layer.tokens[from + m] * layer.hidden + tile * kRows;
-      for (int i = 0; i < valid; ++i) sum[i] += weight * y[m * columns + i];
+      float* sum = out + layer.tokens[from + m] * layer.hidden + at;
+      for (int r = 0; r < valid; ++r) sum[r] += weight * y[m * kRows + r];
     }
   });
 }

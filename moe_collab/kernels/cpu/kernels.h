@@ -34,14 +34,14 @@ enum class Dtype { float32, bfloat16, float16 };
 
 constexpr int kMaxTokens = 8;
 
-// out[token][tile][16] = tiles [first, last) of `w` times each token's activations.
-using DotTiles = void (*)(const Matrix& w, int first, int last, const Activations* tokens, float* out, int prefetch);
+// out[token][16] = `tile` of `w` times each token's activations.
+using DotTile = void (*)(const Matrix& w, int tile, const Activations* tokens, float* out, int prefetch);
 
 struct Kernels {
   const char* name;
-  int max_tokens;  // of one DotTiles: 1, 2, 4 or 8
+  int max_tokens;  // of one DotTile: 1, 2, 4 or 8
   // [storage format][planes - 1][log2 tokens]; see format_index.
-  DotTiles dot[8][2][4];
+  DotTile dot[8][2][4];
   void (*quantize)(const float* x, const BlockLayout&, int planes, int8_t* high, int8_t* low, float* scale,
                    int32_t* sum);
   // gate[i] = act(gate[i]) * up[i]

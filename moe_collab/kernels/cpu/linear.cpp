@@ -6,9 +6,6 @@
 namespace moe_collab {
 namespace {
 
-constexpr int64_t kPass = 1024;
-constexpr int64_t kCached = 64;
-
 struct Piece {
   Matrix weight;
   int64_t first_row;
@@ -18,23 +15,21 @@ void piece_tiles(const Kernels& kernels, const Piece& piece, const QuantizedRows
                  int64_t last, int planes, const float* bias, Dtype dtype, uint8_t* out, int64_t out_columns) {
   const int layout = x.find(piece.weight);
   const int64_t size = dtype == Dtype::float32 ? 4 : 2;
-  const int run = tiles_at_once(num_tokens);
   Activations tokens[kMaxTokens];
-  float y[kMaxTokens * kRun * kRows];
+  float y[kMaxTokens * kRows];
   for (int64_t from = 0; from < num_tokens; from += kCached) {
     const int64_t to = std::min(num_tokens, from + kCached);
-    for (int64_t tile = first; tile < last; tile += run) {
-      const int end = static_cast<int>(std::min(last, tile + run)), columns = (end - static_cast<int>(tile)) * kRows;
+    for (int tile = static_cast<int>(first); tile < last; ++tile) {
       const int64_t column = piece.first_row + tile * kRows;
-      const int valid = std::min<int>(columns, piece.weight.rows - tile * kRows);
+      const int valid = std::min(kRows, piece.weight.rows - tile * kRows);
       for (int64_t at = from; at < to; at += kMaxTokens) {
         const int count = static_cast<int>(std::min<int64_t>(kMaxTokens, to - at));
         for (int m = 0; m < count; ++m) tokens[m] = x.row(layout, at + m);
-        dot_tiles(kernels, piece.weight, static_cast<int>(tile), end, tokens, count, planes, y);
+        dot_tile(kernels, piece.weight, tile, tokens, count, planes, y);
         for (int m = 0; m < count; ++m) {
           if (bias != nullptr)
-            for (int r = 0; r < valid; ++r) y[m * columns + r] += bias[column + r];
-          kernels.from_float(dtype, y + m * columns, valid, out + ((at + m) * out_columns + column) * size);
+            for (int r = 0; r < valid; ++r) y[m * kRows + r] += bias[column + r];
+          kernels.from_float(dtype, y + m * kRows, valid, out + ((at + m) * out_columns + column) * size);
         }
       }
     }

@@ -188,16 +188,16 @@ Activations QuantizedRows::row(int layout, int64_t row) const {
   return {high, high + b.layout.padded_columns(), b.scales + at, b.sums + at, exact};
 }
 
-void dot_tiles(const Kernels& kernels, const Matrix& w, int first, int last, const Activations* tokens, int count,
-               int planes, float* out) {
-  const DotTiles* dot = kernels.dot[format_index(w.bits)][planes - 1];
+void dot_tile(const Kernels& kernels, const Matrix& w, int tile, const Activations* tokens, int count, int planes,
+              float* out) {
+  const DotTile* dot = kernels.dot[format_index(w.bits)][planes - 1];
   const int prefetch = settings().prefetch[w.bits];
   while (count > 0) {
     int most = kernels.max_tokens, log = most == 8 ? 3 : most == 4 ? 2 : most == 2 ? 1 : 0;
     while (most > count) most /= 2, --log;
-    dot[log](w, first, last, tokens, out, prefetch);
+    dot[log](w, tile, tokens, out, prefetch);
     tokens += most;
-    out += most * (last - first) * kRows;
+    out += most * kRows;
     count -= most;
   }
 }

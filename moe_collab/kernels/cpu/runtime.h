@@ -58,6 +58,11 @@ struct Arenas {
   Matrix matrix(const int64_t* row, const char* name, int64_t index) const;
 };
 
+// Tokens of one pass: bounds the workspace.
+constexpr int64_t kPass = 1024;
+// Tokens whose activations stay in the second-level cache while tiles go by.
+constexpr int64_t kCached = 64;
+
 constexpr int kTableFields = 7;  // columns of the descriptor table
 
 Dtype dtype_of(const Tensor& tensor, const char* name);
@@ -110,14 +115,8 @@ class QuantizedRows {
 
 void add_layout(std::vector<BlockLayout>& layouts, const Matrix& w);
 
-// Tiles [first, last) of `w` times `count` tokens -> out[token][tile][16].
-void dot_tiles(const Kernels&, const Matrix& w, int first, int last, const Activations* tokens, int count, int planes,
-               float* out);
-
-// How many tiles to take at once: a run of them for few tokens, which saves calls; with many tokens one tile is
-// used again and again from the cache.
-constexpr int kRun = 1;
-inline int tiles_at_once(int64_t tokens) { return tokens <= kMaxTokens ? kRun : 1; }
+// `tile` of `w` times `count` tokens -> out[token][16].
+void dot_tile(const Kernels&, const Matrix& w, int tile, const Activations* tokens, int count, int planes, float* out);
 
 // What a tile costs, in bytes read; arithmetic on `tokens` tokens is converted to bytes.
 inline int64_t tile_cost(const Matrix& w, int64_t tokens) {

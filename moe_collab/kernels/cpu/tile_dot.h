@@ -134,15 +134,7 @@ struct Tile {
   // --- a tile ---
 
   template <int BITS, int M, int P>
-  static void dot(const Matrix& w, int first, int last, const Activations* x, float* out, int prefetch) {
-    for (int tile = first; tile < last; ++tile)
-      dot_one<BITS, M, P>(w, tile, x, out + (tile - first) * kRows, (last - first) * kRows, prefetch);
-  }
-
-  // `stride`: floats from one token's results to the next's.
-  template <int BITS, int M, int P>
-  static MOE_INLINE void dot_one(const Matrix& w, int tile, const Activations* x, float* out, int stride,
-                                 int prefetch) {
+  static void dot(const Matrix& w, int tile, const Activations* x, float* out, int prefetch) {
     constexpr int kStorage = BITS == kTernary ? 3 * kLine / kTernaryUnit : 2 * BITS;  // bytes of lines per column
     const int columns = w.padded_columns, block = w.block, per_group = w.padded_group / block;
     const uint8_t* codes = w.codes + tile * w.tile_bytes;
@@ -183,18 +175,11 @@ struct Tile {
       if (--left == 0) ++g, left = per_group;
     }
     for (int m = 0; m < M; ++m)
-      for (int h = 0; h < H; ++h) V::store(out + m * stride + h * (kRows / H), total[m][h]);
+      for (int h = 0; h < H; ++h) V::store(out + m * kRows + h * (kRows / H), total[m][h]);
   }
 
   template <int M>
-  static void dot_bfloat16(const Matrix& w, int first, int last, const Activations* x, float* out, int prefetch) {
-    for (int tile = first; tile < last; ++tile)
-      dot_one_bfloat16<M>(w, tile, x, out + (tile - first) * kRows, (last - first) * kRows, prefetch);
-  }
-
-  template <int M>
-  static MOE_INLINE void dot_one_bfloat16(const Matrix& w, int tile, const Activations* x, float* out, int stride,
-                                          int prefetch) {
+  static void dot_bfloat16(const Matrix& w, int tile, const Activations* x, float* out, int prefetch) {
     const uint8_t* codes = w.codes + tile * w.tile_bytes;
     Float total[M][2][H];
     for (auto& t : total)
@@ -214,13 +199,13 @@ struct Tile {
     }
     for (int m = 0; m < M; ++m)
       for (int h = 0; h < H; ++h)
-        V::store(out + m * stride + h * (kRows / H), V::add_float(total[m][0][h], total[m][1][h]));
+        V::store(out + m * kRows + h * (kRows / H), V::add_float(total[m][0][h], total[m][1][h]));
   }
 };
 
 // The instances for 1, 2, 4 and 8 tokens; those beyond MAX are never called.
 template <class V, int BITS, int P, int MAX, int M = 1>
-constexpr DotTiles instance() {
+constexpr DotTile instance() {
   if constexpr (M > MAX) {
     return nullptr;
   } else if constexpr (BITS == 16) {
