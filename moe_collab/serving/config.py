@@ -79,8 +79,8 @@ class MoeCollabConfig(CompressedTensorsConfig):
 def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = False) -> bool:
     """Whether stock vLLM lacks a kernel for something in this `quantization_config`.
 
-    Of routed experts it has none for experts that differ within a layer, and none for packed integers other than 4 and 8 bits.
-    On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
+    It has none for experts that differ within a layer, and none for experts in packed integers other than 4 and 8
+    bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
     (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone.
     """
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
