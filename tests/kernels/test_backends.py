@@ -42,9 +42,11 @@ def run_without_library(tmp_path, code, **variables):
 
 def test_without_the_extension_the_reference_serves_and_says_so_once(tmp_path):
     done = run_without_library(tmp_path, "print(backends.backend().name, backends.backend().name)")
-    assert done.stdout == "torch reference torch reference\n"
-    assert done.stderr.count("serving with the torch reference") == 1
-    assert "python -m moe_collab.kernels.cpu.build" in done.stderr
+    # llm-compressor, where it is installed, sends the log to stdout.
+    said = done.stdout + done.stderr
+    assert done.stdout.endswith("torch reference torch reference\n")
+    assert said.count("serving with the torch reference") == 1
+    assert "python -m moe_collab.kernels.cpu.build" in said
 
 
 def test_a_backend_asked_for_by_name_does_not_fall_back(tmp_path):

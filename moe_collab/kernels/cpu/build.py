@@ -23,12 +23,14 @@ COMMAND = "python -m moe_collab.kernels.cpu.build"
 
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 warns about its own headers (bug 105593).
+_AVX512 = [*_AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni")), "-Wno-maybe-uninitialized"]
 # Only these files may use the instructions; which of them run is decided at run time.
 _INSTRUCTIONS = {
     "avx2.cpp": _AVX2,
     "avxvnni.cpp": [*_AVX2, "-mavxvnni"],
-    # GCC 12 warns about its own headers (bug 105593).
-    "avx512.cpp": [*_AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "vnni")), "-Wno-maybe-uninitialized"],
+    "avx512.cpp": _AVX512,
+    "amx.cpp": [*_AVX512, "-mamx-tile", "-mamx-int8"],
 }
 
 

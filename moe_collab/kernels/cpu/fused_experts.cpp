@@ -34,72 +34,54 @@ struct Layer {
 
 // --- first sweep: h = act(gate x) * up x ---
 
-struct Source {
-  const QuantizedRows& rows;
-  int layout;
-};
-
-int fetch(const Source& source, const int64_t* indices, int64_t from, int64_t to, Activations* out) {
-  int count = 0;
-  for (int64_t i = from; i < to; ++i)
-    out[count++] = source.rows.row(source.layout, indices == nullptr ? i : indices[i]);
-  return count;
-}
-
-// Calls work(tile, pair, end pair) in an order that keeps activations, then weights, in the cache. Gate and up take
-// turns tile by tile: longer runs of either were 5 % slower.
-template <class Work>
-void sweep(const Expert& e, int64_t first, int64_t last, const Work& work) {
-  for (int64_t from = e.first; from < e.last; from += kCached) {
-    const int64_t to = std::min(e.last, from + kCached);
-    for (int tile = static_cast<int>(first); tile < last; ++tile)
-      for (int64_t at = from; at < to; at += kMaxTokens) work(tile, at, std::min(to, at + kMaxTokens));
-  }
-}
-
 void add_bias(const float* bias, int count, int valid, float* values) {
   for (int m = 0; m < count; ++m)
     for (int r = 0; r < valid; ++r) values[m * kRows + r] += bias[r];
 }
 
+// Blocks of tokens whose activations stay in the second-level cache while tiles go by. Gate and up take turns tile by
+// tile: longer runs of either were 5 % slower.
 void gate_up_tiles(const Layer& layer, const Expert& e, const QuantizedRows& x, const int64_t* rows, int64_t first,
                    int64_t last, float* h) {
-  const Source gate{x, x.find(e.gate)}, up{x, x.find(e.up)};
-  Activations tokens[kMaxTokens];
-  float g[kMaxTokens * kRows], u[kMaxTokens * kRows];
-  sweep(e, first, last, [&](int tile, int64_t from, int64_t to) {
-    const int at = tile * kRows, valid = std::min(kRows, layer.width - at);
-    const int count = fetch(gate, rows, from, to, tokens);
-    dot_tile(layer.kernels, e.gate, tile, tokens, count, layer.planes, g);
-    if (up.layout != gate.layout) fetch(up, rows, from, to, tokens);
-    dot_tile(layer.kernels, e.up, tile, tokens, count, layer.planes, u);
-    if (e.bias != nullptr) {
-      add_bias(e.bias + at, count, valid, g);
-      add_bias(e.bias + layer.width + at, count, valid, u);
+  float g[kMaxPanel * kRows], u[kMaxPanel * kRows];
+  for (int64_t from = e.first; from < e.last; from += kMaxPanel) {
+    const int64_t to = std::min<int64_t>(e.last, from + kMaxPanel);
+    const TokenBlock tokens(layer.kernels, e.gate, x, rows, from, to, layer.planes);
+    std::optional<TokenBlock> others;
+    if (x.find(e.up) != tokens.layout()) others.emplace(layer.kernels, e.up, x, rows, from, to, layer.planes);
+    for (int tile = static_cast<int>(first); tile < last; ++tile) {
+      const int at = tile * kRows, valid = std::min(kRows, layer.width - at), count = tokens.count();
+      tokens.dot(e.gate, tile, g);
+      (others ? *others : tokens).dot(e.up, tile, u);
+      if (e.bias != nullptr) {
+        add_bias(e.bias + at, count, valid, g);
+        add_bias(e.bias + layer.width + at, count, valid, u);
+      }
+      layer.kernels.gate(layer.gating, count * kRows, g, u);
+      for (int m = 0; m < count; ++m)
+        std::memcpy(h + (from + m) * layer.width + at, g + m * kRows, valid * sizeof(float));
     }
-    layer.kernels.gate(layer.gating, count * kRows, g, u);
-    for (int m = 0; m < count; ++m)
-      std::memcpy(h + (from + m) * layer.width + at, g + m * kRows, valid * sizeof(float));
-  });
+  }
 }
 
 // --- second sweep: out += weight * (down h) ---
 
 void down_tiles(const Layer& layer, const Expert& e, const QuantizedRows& h, int64_t first, int64_t last, float* out) {
-  const Source source{h, h.find(e.down)};
-  Activations tokens[kMaxTokens];
-  float y[kMaxTokens * kRows];
-  sweep(e, first, last, [&](int tile, int64_t from, int64_t to) {
-    const int at = tile * kRows, valid = std::min(kRows, layer.hidden - at);
-    const int count = fetch(source, nullptr, from, to, tokens);
-    dot_tile(layer.kernels, e.down, tile, tokens, count, layer.planes, y);
-    if (e.bias != nullptr) add_bias(e.bias + 2 * layer.width + at, count, valid, y);
-    for (int m = 0; m < count; ++m) {
-      const float weight = layer.weight_on_input ? 1.0f : layer.weights[from + m];
-      float* sum = out + layer.tokens[from + m] * layer.hidden + at;
-      for (int r = 0; r < valid; ++r) sum[r] += weight * y[m * kRows + r];
+  float y[kMaxPanel * kRows];
+  for (int64_t from = e.first; from < e.last; from += kMaxPanel) {
+    const int64_t to = std::min<int64_t>(e.last, from + kMaxPanel);
+    const TokenBlock tokens(layer.kernels, e.down, h, nullptr, from, to, layer.planes);
+    for (int tile = static_cast<int>(first); tile < last; ++tile) {
+      const int at = tile * kRows, valid = std::min(kRows, layer.hidden - at);
+      tokens.dot(e.down, tile, y);
+      if (e.bias != nullptr) add_bias(e.bias + 2 * layer.width + at, tokens.count(), valid, y);
+      for (int m = 0; m < tokens.count(); ++m) {
+        const float weight = layer.weight_on_input ? 1.0f : layer.weights[from + m];
+        float* sum = out + layer.tokens[from + m] * layer.hidden + at;
+        for (int r = 0; r < valid; ++r) sum[r] += weight * y[m * kRows + r];
+      }
     }
-  });
+  }
 }
 
 void run(const Layer& layer, Dtype dtype, const uint8_t* x, int64_t num_tokens, uint8_t* out) {

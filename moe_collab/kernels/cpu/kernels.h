@@ -37,11 +37,27 @@ constexpr int kMaxTokens = 8;
 // out[token][16] = `tile` of `w` times each token's activations.
 using DotTile = void (*)(const Matrix& w, int tile, const Activations* tokens, float* out, int prefetch);
 
+// Many tokens' activations block by block, in the order they are read: rows of a power of two apart would fall into
+// the same few lines of the first-level cache, which made the matrix unit four times slower.
+struct Panel {
+  const int8_t* planes;  // [block][plane][row][columns of the block]
+  const float* scales;   // [block][row]
+  const int32_t* sums;   // likewise
+  int rows;              // a multiple of 16; zeros beyond the tokens
+};
+
+constexpr int kMaxPanel = 64;
+
+// out[row][16].
+using DotPanel = void (*)(const Matrix& w, int tile, const Panel& x, float* out, int prefetch);
+
 struct Kernels {
   const char* name;
   int max_tokens;  // of one DotTile: 1, 2, 4 or 8
   // [storage format][planes - 1][log2 tokens]; see format_index.
   DotTile dot[8][2][4];
+  // Likewise without the tokens; null where DotTile is the best there is. Blocks of 64 or 128 columns.
+  DotPanel panel[8][2];
   void (*quantize)(const float* x, const BlockLayout&, int planes, int8_t* high, int8_t* low, float* scale,
                    int32_t* sum);
   // gate[i] = act(gate[i]) * up[i]
@@ -60,6 +76,8 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+bool request_amx();
 #endif
 
 }  // namespace moe_collab

@@ -13,24 +13,19 @@ struct Piece {
 
 void piece_tiles(const Kernels& kernels, const Piece& piece, const QuantizedRows& x, int64_t num_tokens, int64_t first,
                  int64_t last, int planes, const float* bias, Dtype dtype, uint8_t* out, int64_t out_columns) {
-  const int layout = x.find(piece.weight);
   const int64_t size = dtype == Dtype::float32 ? 4 : 2;
-  Activations tokens[kMaxTokens];
-  float y[kMaxTokens * kRows];
-  for (int64_t from = 0; from < num_tokens; from += kCached) {
-    const int64_t to = std::min(num_tokens, from + kCached);
+  float y[kMaxPanel * kRows];
+  for (int64_t from = 0; from < num_tokens; from += kMaxPanel) {
+    const int64_t to = std::min<int64_t>(num_tokens, from + kMaxPanel);
+    const TokenBlock tokens(kernels, piece.weight, x, nullptr, from, to, planes);
     for (int tile = static_cast<int>(first); tile < last; ++tile) {
       const int64_t column = piece.first_row + tile * kRows;
       const int valid = std::min(kRows, piece.weight.rows - tile * kRows);
-      for (int64_t at = from; at < to; at += kMaxTokens) {
-        const int count = static_cast<int>(std::min<int64_t>(kMaxTokens, to - at));
-        for (int m = 0; m < count; ++m) tokens[m] = x.row(layout, at + m);
-        dot_tile(kernels, piece.weight, tile, tokens, count, planes, y);
-        for (int m = 0; m < count; ++m) {
-          if (bias != nullptr)
-            for (int r = 0; r < valid; ++r) y[m * kRows + r] += bias[column + r];
-          kernels.from_float(dtype, y + m * kRows, valid, out + ((at + m) * out_columns + column) * size);
-        }
+      tokens.dot(piece.weight, tile, y);
+      for (int m = 0; m < tokens.count(); ++m) {
+        if (bias != nullptr)
+          for (int r = 0; r < valid; ++r) y[m * kRows + r] += bias[column + r];
+        kernels.from_float(dtype, y + m * kRows, valid, out + ((from + m) * out_columns + column) * size);
       }
     }
   }

@@ -18,8 +18,12 @@ std::vector<const Kernels*> usable_kernels() {
     if (__builtin_cpu_supports("avxvnni")) found.insert(found.begin(), &kAvxVnniKernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni"))
+        __builtin_cpu_supports("avx512vnni")) {
       found.insert(found.begin(), &kAvx512Kernels);
+      static const bool amx =
+          __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && request_amx();
+      if (amx) found.insert(found.begin(), &kAmxKernels);
+    }
   }
 #endif
   return found;
@@ -199,6 +203,49 @@ void dot_tile(const Kernels& kernels, const Matrix& w, int tile, const Activatio
     tokens += most;
     out += most * kRows;
     count -= most;
+  }
+}
+
+namespace {
+
+// Fewer tokens than this leave most of the matrix unit idle.
+constexpr int kFewestForPanel = 12;
+
+}  // namespace
+
+bool TokenBlock::use_panel(const Kernels& kernels, const Matrix& w, int planes, int64_t count) {
+  return count >= kFewestForPanel && w.block % 64 == 0 && w.bits != 16 &&
+         kernels.panel[format_index(w.bits)][planes - 1] != nullptr;
+}
+
+TokenBlock::TokenBlock(const Kernels& kernels, const Matrix& w, const QuantizedRows& rows, const int64_t* indices,
+                       int64_t from, int64_t to, int planes)
+    : kernels_(kernels), layout_(rows.find(w)), planes_(planes), count_(static_cast<int>(to - from)) {
+  for (int i = 0; i < count_; ++i) tokens_[i] = rows.row(layout_, indices == nullptr ? from + i : indices[from + i]);
+  if (!use_panel(kernels, w, planes, count_)) return;
+  const int padded = round_up(count_, kRows), blocks = w.padded_columns / w.block;
+  const int64_t values = static_cast<int64_t>(padded) * w.padded_columns * planes;
+  buffer_.assign(values + 8 * static_cast<int64_t>(padded) * blocks, 0);
+  uint8_t* target = buffer_.data();
+  float* scales = reinterpret_cast<float*>(target + values);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + static_cast<int64_t>(padded) * blocks);
+  panel_ = {reinterpret_cast<int8_t*>(target), scales, sums, padded};
+  for (int b = 0; b < blocks; ++b) {
+    for (int p = 0; p < planes; ++p, target += padded * w.block)
+      for (int i = 0; i < count_; ++i)
+        std::copy_n((p == 0 ? tokens_[i].high : tokens_[i].low) + b * w.block, w.block, target + i * w.block);
+    for (int i = 0; i < count_; ++i) {
+      scales[b * padded + i] = tokens_[i].scale[b];
+      sums[b * padded + i] = tokens_[i].sum[b];
+    }
+  }
+}
+
+void TokenBlock::dot(const Matrix& w, int tile, float* out) const {
+  if (panel_.rows > 0 && use_panel(kernels_, w, planes_, count_)) {
+    kernels_.panel[format_index(w.bits)][planes_ - 1](w, tile, panel_, out, settings().prefetch[w.bits]);
+  } else {
+    dot_tile(kernels_, w, tile, tokens_, count_, planes_, out);
   }
 }
 

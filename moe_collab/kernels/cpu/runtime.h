@@ -60,9 +60,6 @@ struct Arenas {
 
 // Tokens of one pass: bounds the workspace.
 constexpr int64_t kPass = 1024;
-// Tokens whose activations stay in the second-level cache while tiles go by.
-constexpr int64_t kCached = 64;
-
 constexpr int kTableFields = 7;  // columns of the descriptor table
 
 Dtype dtype_of(const Tensor& tensor, const char* name);
@@ -117,6 +114,27 @@ void add_layout(std::vector<BlockLayout>& layouts, const Matrix& w);
 
 // `tile` of `w` times `count` tokens -> out[token][16].
 void dot_tile(const Kernels&, const Matrix& w, int tile, const Activations* tokens, int count, int planes, float* out);
+
+// Up to kMaxPanel tokens with the activations that `w` asks for; other matrices of the same layout may use them too.
+class TokenBlock {
+ public:
+  // Tokens `from` to `to` of `rows`, through `indices` unless null.
+  TokenBlock(const Kernels&, const Matrix& w, const QuantizedRows& rows, const int64_t* indices, int64_t from,
+             int64_t to, int planes);
+  // out[token][16]; `out` has room for kMaxPanel tokens.
+  void dot(const Matrix& w, int tile, float* out) const;
+  int layout() const { return layout_; }
+  int count() const { return count_; }
+
+ private:
+  static bool use_panel(const Kernels&, const Matrix& w, int planes, int64_t count);
+
+  const Kernels& kernels_;
+  int layout_, planes_, count_;
+  Activations tokens_[kMaxPanel];
+  Panel panel_{};
+  std::vector<uint8_t> buffer_;
+};
 
 // What a tile costs, in bytes read; arithmetic on `tokens` tokens is converted to bytes.
 inline int64_t tile_cost(const Matrix& w, int64_t tokens) {
