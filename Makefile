@@ -47,9 +47,10 @@ test-asan: .venv/serve/.ready
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. ../../$(SERVE)/python -m pytest -q tests/kernels -k cpu
 
-# llama.cpp, the competitor, is compiled from its sources once (about a quarter of an hour); without it its column is empty.
+# llama.cpp, the competitor, is compiled from its sources once (6 minutes on one core); without it its column is empty.
 .venv/serve/.bench: .venv/serve/.ready
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(SERVE)/pip install --quiet --no-deps "llama-cpp-python==0.3.36" || \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DGGML_CCACHE=OFF $(foreach part,TOOLS EXAMPLES TESTS SERVER APP,-DLLAMA_BUILD_$(part)=OFF)" \
+		$(SERVE)/pip install --quiet --no-deps "llama-cpp-python==0.3.36" || \
 		echo "llama.cpp could not be built; the benchmark runs without it"
 	touch $@
 

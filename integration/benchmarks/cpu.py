@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,13 +42,22 @@ STORAGE = {
 GGML = {"8": "Q8_0", "6": "Q6_K", "5": "Q5_K", "4": "Q4_K", "3": "Q3_K", "2": "Q2_K", "ternary": "TQ1_0"}
 
 
+RATIOS = ("vs_vllm_bf16", "vs_ggml", "vs_int4pack", "roof")
+COLUMNS = ("shape", "tokens", "bits", "activation_bits", "ours_us", *RATIOS, "rel_error")
+# The larger layer is timed where it matters: all formats and 512 tokens of it would take 20 GB and half an hour.
+CASES = {
+    "qwen3-30b": (tuple(STORAGE), (1, 4, 8, 192, 512)),
+    "deepseek-v3": (("4", "3", "2", "mix 4/3/2"), (1, 4, 8, 192)),
+}
+
+
 def main() -> None:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 8, 192, 512])
-    parser.add_argument("--storage", nargs="+", choices=STORAGE, default=list(STORAGE))
+    parser.add_argument("--tokens", nargs="+", type=int, help="instead of the shape's own")
+    parser.add_argument("--storage", nargs="+", choices=STORAGE, help="instead of the shape's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -56,17 +66,21 @@ def main() -> None:
     stream = Stream(arguments.threads, arguments.output)
     rows: list[dict[str, object]] = []
     for name in arguments.shapes:
-        rows += bench_shape(SHAPES[name], arguments.storage, arguments.tokens, arguments.threads, stream)
+        storage, tokens = CASES[name]
+        storage, tokens = arguments.storage or storage, arguments.tokens or tokens
+        rows += bench_shape(SHAPES[name], storage, tokens, arguments.threads, stream)
         (arguments.output / "cpu.json").write_text(json.dumps(rows, indent=1))
     print_table(rows)
 
 
-def bench_shape(shape: Shape, storage: list[str], tokens: list[int], threads: int, stream: Stream) -> list[dict]:
+def bench_shape(
+    shape: Shape, storage: Sequence[str], tokens: Sequence[int], threads: int, stream: Stream
+) -> list[dict]:
     """Rows of one layer shape."""
     ours = {s: Ours(shape, STORAGE[s], TERNARY if s == "ternary 1.6" else 2) for s in storage}
     for layer in ours.values():
         tune(layer.arena)
-    others = competitors(shape, threads)
+    others = competitors(shape, threads, [GGML[s] for s in storage if s in GGML])
     rows = []
     for count in tokens:
         bits = [16] if count < 192 else [16, 8]
@@ -79,17 +93,10 @@ def bench_shape(shape: Shape, storage: list[str], tokens: list[int], threads: in
             timed["ours 4 int16 avx2"] = on_avx2(timed["ours 4 int16"])
         seconds, rate = interleave(timed, rounds, stream)
         used = sum(len(ids.unique()) for _, _, ids in batches) / len(batches)
-        rows += [row(shape, s, b, count, threads, used, rate, ours[s], seconds) for s in ours for b in bits]
-        rows += avx2_row(shape, threads, seconds)
-        for r in rows[-len(ours) * len(bits) :]:
-            print(
-                {
-                    k: v
-                    for k, v in r.items()
-                    if k in ("case", "bits", "tokens", "ours_us", "vs_vllm_bf16", "roof", "vs_ggml")
-                },
-                flush=True,
-            )
+        new = [row(shape, s, b, count, threads, used, rate, ours[s], seconds) for s in ours for b in bits]
+        for r in new:
+            print(*(r[key] for key in COLUMNS), flush=True)
+        rows += new + avx2_row(shape, threads, seconds)
     return rows
 
 
@@ -105,14 +112,14 @@ def batch(shape: Shape, tokens: int, index: int) -> tuple[torch.Tensor, torch.Te
     return x, weights, ids.int()
 
 
-def competitors(shape: Shape, threads: int) -> dict[str, Run]:
-    """By name; those of ggml where it is installed."""
+def competitors(shape: Shape, threads: int, kinds: Sequence[str]) -> dict[str, Run]:
+    """By name; ggml's `kinds` where it is installed."""
     found: dict[str, Run] = {"vllm bf16 vec": vllm_bfloat16(shape, "vec")}
     if torch.cpu._is_amx_tile_supported():
         found["vllm bf16 amx"] = vllm_bfloat16(shape, "amx")
     found |= {"int4pack": int4pack(shape), "naive": naive(shape)}
     if available():
-        for kind in GGML.values():
+        for kind in kinds:
             for repack in (False, True):
                 layer = GgmlMoE(kind, shape.experts, shape.hidden, shape.width, shape.top_k, threads, repack)
                 found[f"ggml {kind} {layer.layout}"] = _ggml(layer)
@@ -189,23 +196,11 @@ def avx2_row(shape: Shape, threads: int, seconds: dict[str, float]) -> list[dict
 def print_table(rows: list[dict]) -> None:
     """What a reader wants to see first."""
     table = Table(title="CPU kernels; ratios: competitor's time / ours, in the same run")
-    keys = (
-        "shape",
-        "tokens",
-        "bits",
-        "activation_bits",
-        "ours_us",
-        "vs_vllm_bf16",
-        "vs_ggml",
-        "vs_int4pack",
-        "roof",
-        "rel_error",
-    )
-    for key in keys:
+    for key in COLUMNS:
         table.add_column(key)
     for r in rows:
         if r["case"] in ("decode", "prefill"):
-            table.add_row(*(str(r[key]) for key in keys))
+            table.add_row(*(str(r[key]) for key in COLUMNS))
     Console(width=130).print(table)
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -81,6 +82,7 @@ def run(path: Path, bits: tuple | None, layers: int) -> dict:
     write_checkpoint(path, bits, layers)
     # Left to itself vLLM keeps one core for its scheduler, which on a small machine is half of what there is.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    size = round(sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e9, 2)
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
@@ -93,7 +95,8 @@ def run(path: Path, bits: tuple | None, layers: int) -> dict:
     if not lines:
         raise RuntimeError(f"vLLM did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     rates = json.loads(lines[0].removeprefix("RESULT "))
-    return {"case": "model", "bits": "16", "layers": layers, "threads": torch.get_num_threads(), "tokens_per_s": rates}
+    row = {"case": "model", "bits": "16", "layers": layers, "threads": torch.get_num_threads()}
+    return row | {"load_peak_gb": rates.pop("peak_gb"), "checkpoint_gb": size, "tokens_per_s": rates}
 
 
 def measure(path: Path) -> dict[str, float]:
@@ -121,13 +124,22 @@ def measure(path: Path) -> dict[str, float]:
         model.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - began
 
+    rates = {"peak_gb": _peak_gb()}
     seconds(8, 16, 4, 0)
-    rates = {}
     for batch in (1, 8):
         runs = [seconds(batch, 16, DECODE + 1, r) - seconds(batch, 16, 1, r) for r in range(REPEATS)]
         rates[f"decode_{batch}"] = round(batch * DECODE / statistics.median(runs), 2)
     rates["prefill"] = round(PREFILL / statistics.median(seconds(1, PREFILL, 1, r) for r in range(REPEATS)), 2)
     return rates
+
+
+def _peak_gb() -> float:
+    """The most memory that the process with the weights has held so far, while it loaded them."""
+    peaks = []
+    for child in psutil.Process().children(recursive=True):
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        peaks += [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+    return round(max(peaks) / 1e6, 2)
 
 
 def write_checkpoint(path: Path, bits: tuple | None, layers: int) -> None:

@@ -3,6 +3,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "avx512.h"
 
 namespace moe_collab {
@@ -10,15 +12,16 @@ namespace {
 
 constexpr int kTileRows = 16;
 
-// All eight registers 16 rows of 64 bytes. What another library had set up for this thread is put back.
+// Registers of 64 bytes a row: 0 (sums), 1 and 2 (tokens), 4 and 5 (weights) of 16 rows; 3, 6 and 7 take the place of
+// 0 to 2 for the last `rest` tokens. What another library had set up for this thread is put back.
 class TileConfiguration {
  public:
-  TileConfiguration() {
+  explicit TileConfiguration(int rest) {
     _tile_storeconfig(before_);
     alignas(64) uint8_t ours[64] = {1};
     for (int i = 0; i < 8; ++i) {
       ours[16 + 2 * i] = 64;
-      ours[48 + i] = kTileRows;
+      ours[48 + i] = static_cast<uint8_t>(i == 3 || i >= 6 ? rest : kTileRows);
     }
     _tile_loadconfig(ours);
   }
@@ -55,22 +58,34 @@ MOE_INLINE void unpack_block(const uint8_t* codes, const uint8_t* tail, int colu
   }
 }
 
-// sums = 16 tokens of one plane times the block, whose operands are in registers 4 (and 5).
-MOE_INLINE void multiply(const int8_t* tokens, bool two, int32_t* sums) {
+// sums = up to 16 tokens of one plane times the block, whose operands are in registers 4 (and 5).
+MOE_INLINE void multiply(const int8_t* tokens, bool full, bool two, int32_t* sums) {
   const int stride = two ? 128 : 64;
-  _tile_zero(0);
-  _tile_loadd(1, tokens, stride);
-  _tile_dpbsud(0, 1, 4);
-  if (two) {
-    _tile_loadd(2, tokens + 64, stride);
-    _tile_dpbsud(0, 2, 5);
+  if (full) {
+    _tile_zero(0);
+    _tile_loadd(1, tokens, stride);
+    _tile_dpbsud(0, 1, 4);
+    if (two) {
+      _tile_loadd(2, tokens + 64, stride);
+      _tile_dpbsud(0, 2, 5);
+    }
+    _tile_stored(0, sums, 64);
+  } else {
+    _tile_zero(3);
+    _tile_loadd(6, tokens, stride);
+    _tile_dpbsud(3, 6, 4);
+    if (two) {
+      _tile_loadd(7, tokens + 64, stride);
+      _tile_dpbsud(3, 7, 5);
+    }
+    _tile_stored(3, sums, 64);
   }
-  _tile_stored(0, sums, 64);
 }
 
 template <int BITS, int P>
 void dot_panel(const Matrix& w, int tile, const Panel& x, float* out, int prefetch) {
-  const TileConfiguration configuration;
+  const int rest = x.rows % kTileRows;
+  const TileConfiguration configuration(rest == 0 ? kTileRows : rest);
   constexpr int kStorage = BITS == kTernary ? 3 * kLine / kTernaryUnit : 2 * BITS;
   alignas(64) uint8_t operand[32 * kLine];
   alignas(64) int32_t sums[P][kTileRows * kRows];
@@ -92,9 +107,11 @@ void dot_panel(const Matrix& w, int tile, const Panel& x, float* out, int prefet
     const float* steps = x.scales + b * x.rows;
     const int32_t* totals = x.sums + b * x.rows;
     for (int m = 0; m < x.rows; m += kTileRows) {
-      for (int p = 0; p < P; ++p) multiply(planes + (p * x.rows + m) * w.block, w.block == 128, sums[p]);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTileRows; ++t) {
+      const int rows = std::min(kTileRows, x.rows - m);
+      for (int p = 0; p < P; ++p)
+        multiply(planes + (p * x.rows + m) * w.block, rows == kTileRows, w.block == 128, sums[p]);
+#pragma GCC unroll 4
+      for (int t = 0; t < rows; ++t) {
         __m512i sum = _mm512_load_si512(sums[0] + t * kRows);
         if constexpr (P == 2)
           sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), _mm512_load_si512(sums[P - 1] + t * kRows));

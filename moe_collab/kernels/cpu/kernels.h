@@ -43,10 +43,10 @@ struct Panel {
   const int8_t* planes;  // [block][plane][row][columns of the block]
   const float* scales;   // [block][row]
   const int32_t* sums;   // likewise
-  int rows;              // a multiple of 16; zeros beyond the tokens
+  int rows;
 };
 
-constexpr int kMaxPanel = 64;
+constexpr int kMaxPanel = 128;
 
 // out[row][16].
 using DotPanel = void (*)(const Matrix& w, int tile, const Panel& x, float* out, int prefetch);

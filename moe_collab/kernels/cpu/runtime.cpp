@@ -223,20 +223,20 @@ TokenBlock::TokenBlock(const Kernels& kernels, const Matrix& w, const QuantizedR
     : kernels_(kernels), layout_(rows.find(w)), planes_(planes), count_(static_cast<int>(to - from)) {
   for (int i = 0; i < count_; ++i) tokens_[i] = rows.row(layout_, indices == nullptr ? from + i : indices[from + i]);
   if (!use_panel(kernels, w, planes, count_)) return;
-  const int padded = round_up(count_, kRows), blocks = w.padded_columns / w.block;
-  const int64_t values = static_cast<int64_t>(padded) * w.padded_columns * planes;
-  buffer_.assign(values + 8 * static_cast<int64_t>(padded) * blocks, 0);
+  const int blocks = w.padded_columns / w.block;
+  const int64_t values = static_cast<int64_t>(count_) * w.padded_columns * planes;
+  buffer_.resize(values + 8 * static_cast<int64_t>(count_) * blocks);
   uint8_t* target = buffer_.data();
   float* scales = reinterpret_cast<float*>(target + values);
-  int32_t* sums = reinterpret_cast<int32_t*>(scales + static_cast<int64_t>(padded) * blocks);
-  panel_ = {reinterpret_cast<int8_t*>(target), scales, sums, padded};
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + static_cast<int64_t>(count_) * blocks);
+  panel_ = {reinterpret_cast<int8_t*>(target), scales, sums, count_};
   for (int b = 0; b < blocks; ++b) {
-    for (int p = 0; p < planes; ++p, target += padded * w.block)
+    for (int p = 0; p < planes; ++p, target += count_ * w.block)
       for (int i = 0; i < count_; ++i)
         std::copy_n((p == 0 ? tokens_[i].high : tokens_[i].low) + b * w.block, w.block, target + i * w.block);
     for (int i = 0; i < count_; ++i) {
-      scales[b * padded + i] = tokens_[i].scale[b];
-      sums[b * padded + i] = tokens_[i].sum[b];
+      scales[b * count_ + i] = tokens_[i].scale[b];
+      sums[b * count_ + i] = tokens_[i].sum[b];
     }
   }
 }
