@@ -60,7 +60,7 @@ bench-cpu: environments .venv/serve/.bench $(KERNELS)
 	$(COMPRESS)/python -m integration.benchmarks.plot build/bench
 
 fixture: .venv/compress/.ready
-	$(COMPRESS)/python -m integration.fixture.train
+	$(COMPRESS)/python -m integration.fixture.train  qwen3_moe
 
 clean:
 	rm -rf .venv build

@@ -2,6 +2,19 @@
 
 from .packing import pack, packed_width, unpack
 from .rounding import dequantize
+from .scheme import DENSE, PRUNED, Scheme
 from .ternary import TERNARY, pack_ternary, ternary_width, unpack_ternary
 
-__all__ = ["TERNARY", "dequantize", "pack", "pack_ternary", "packed_width", "ternary_width", "unpack", "unpack_ternary"]
+__all__ = [
+    "DENSE",
+    "PRUNED",
+    "TERNARY",
+    "Scheme",
+    "dequantize",
+    "pack",
+    "pack_ternary",
+    "packed_width",
+    "ternary_width",
+    "unpack",
+    "unpack_ternary",
+]

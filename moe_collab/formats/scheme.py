@@ -1,0 +1,59 @@
+"""How one weight is stored: the unit in which bits are allocated."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ..errors import MoeCollabError
+from .ternary import TERNARY
+
+__all__ = ["DENSE", "PRUNED", "Scheme"]
+
+
+class Scheme(NamedTuple):
+    """`num_bits` 0 (gone), 1 (ternary), 2 to 8 (integers) or 16 (as it was); `group_size` -1 = one scale a row.
+
+    Its text, `str(scheme)`, reads `int3-g128-asym`, `ternary-g128`, `dense` or
+    `pruned`; `Scheme.parse` is the inverse.
+    """
+
+    num_bits: int
+    group_size: int = 0
+    symmetric: bool = True
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are integer codes and scales."""
+        return 0 < self.num_bits < 16
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Smallest and largest signed code."""
+        return (-1, 1) if self.num_bits == TERNARY else (-(1 << (self.num_bits - 1)), (1 << (self.num_bits - 1)) - 1)
+
+    def group_of(self, columns: int) -> int:
+        """Weights of a row of `columns` that share a scale."""
+        return columns if self.group_size == -1 else self.group_size
+
+    def __str__(self) -> str:
+        if not self.is_packed:
+            return "dense" if self.num_bits == 16 else "pruned"
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        if self.num_bits == TERNARY:
+            return f"ternary-{group}"
+        return f"int{self.num_bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """Raises `MoeCollabError` for a text that names no scheme."""
+        if text in ("dense", "pruned"):
+            return DENSE if text == "dense" else PRUNED
+        match = re.fullmatch(r"(?:int([2-8])|ternary)-(?:g([1-9]\d*)|channel)(-a?sym)?", text)
+        if match is None or (match[1] is None) != (match[3] is None):
+            raise MoeCollabError(f"{text!r} is no scheme; they read int3-g128-asym, ternary-g128, dense or pruned.")
+        bits = int(match[1]) if match[1] else TERNARY
+        return cls(bits, int(match[2]) if match[2] else -1, match[3] != "-asym")
+
+
+DENSE, PRUNED = Scheme(16), Scheme(0)
