@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -20,6 +21,9 @@ __all__ = ["ExpertSchemes", "MixedBitMoEMethod"]
 
 logger = init_logger("vllm.moe_collab")
 
+# What loading leaves free for what comes after it; without a setting vLLM sizes its cache by what is left.
+_USUAL_KV_CACHE = 4 << 30
+_WORKING_MEMORY = 1 << 30
 _SHARDS = {"w1": 0, "w3": 1, "w2": 2}
 # Both have the same mathematics; they differ in how a checkpoint interleaves gate and up, which we keep apart.
 _ACTIVATIONS = {"swigluoai_uninterleave": "swigluoai"}
@@ -46,6 +50,8 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         self.schemes = schemes
         # Looked up here: torch.compile does not trace the look-up.
         self._fused_experts, self._activation_bits = backend().fused_experts, activation_bits()
+        kv_cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes
+        self._keep_free = (_USUAL_KV_CACHE if kv_cache is None else kv_cache) + _WORKING_MEMORY
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: the arena is ours alone."""
@@ -106,8 +112,11 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a checkpoint that lacks a tensor this rank needs; drop the placeholders."""
-        self._arena.finish(layer, self.schemes.prefix)
+        self._arena.check(self.schemes.prefix)
+        if backend().widen_ternary(self._arena, self._keep_free):
+            logger.info_once("moe_collab keeps ternary experts in 1.6 bits, which is slower: memory is short")
         backend().tune(self._arena)
+        self._arena.register(layer)
         layer.arena_table = layer.arena_table.view(-1, 3, layer.arena_table.shape[1])
         bits = sorted({spec.num_bits for spec in self._arena.specs})
         del self._arena

@@ -117,8 +117,8 @@ class CheckpointArena(Arena):
         write = self.write_zero_points if kind == "weight_zero_point" else self.write_scales
         write(index, groups[:, first : first + spec.num_groups])
 
-    def finish(self, layer: torch.nn.Module, what: str) -> None:
-        """Register the buffers on `layer`. Raises `MoeCollabError` if the checkpoint lacked a tensor of ours."""
+    def check(self, what: str) -> None:
+        """Raises `MoeCollabError` if the checkpoint lacked a tensor of `what` that this rank needs."""
         missing = [
             f"{self.names[index]}.{kind}"
             for index, spec in enumerate(self.specs)
@@ -129,6 +129,9 @@ class CheckpointArena(Arena):
             raise MoeCollabError(
                 f"the checkpoint lacks {len(missing)} tensors of {what}, the first {missing[0]}. Copy or make it again."
             )
+
+    def register(self, layer: torch.nn.Module) -> None:
+        """Make the arena buffers of `layer`."""
         for name in BUFFERS:
             layer.register_buffer(f"arena_{name}", getattr(self, name), persistent=False)
 

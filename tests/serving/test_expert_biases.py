@@ -37,7 +37,8 @@ def checkpoint(tmp_path_factory):
             codes = torch.randint(-(1 << bits) // 2, (1 << bits) // 2, shape, dtype=torch.int8)
             scales = ((torch.rand(shape[0], shape[1] // 32) + 0.5) / (1 << bits)).bfloat16()
             bias = torch.randn(shape[0]).bfloat16()
-            tensors |= {f"{name}.weight_packed": pack(codes, bits), f"{name}.weight_scale": scales, f"{name}.bias": bias}
+            tensors |= {f"{name}.weight_packed": pack(codes, bits), f"{name}.weight_scale": scales}
+            tensors[f"{name}.bias"] = bias
             schemes[f"{PREFIX}.{name}"] = {"format": "pack-quantized", "weights": weights | {"group_size": 32}}
             dense[expert, projection] = dequantize(codes, scales.float(), None), bias.float()
     path = tmp_path_factory.mktemp("biases")

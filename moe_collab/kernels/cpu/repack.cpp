@@ -119,27 +119,64 @@ void write_bfloat16_tile(const Matrix& w, const Stored& stored, int64_t row, int
   }
 }
 
-}  // namespace
+// The inverse of write_ternary_unit, 32 columns each, one higher: 2-bit codes have zero point 2.
+void widen_unit(const uint8_t* lines, const uint8_t* tail, Unit& low, Unit& high) {
+  const auto put = [&](int r, int column, int trit) {
+    (column < kUnit ? low : high)[r][column % kUnit] = static_cast<uint8_t>(trit + 1);
+  };
+  for (int line = 0; line < 3; ++line) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < 4; ++j) {
+        int value = lines[kLine * line + 4 * r + j];
+        for (int i = 0; i < 5; ++i, value /= 3) put(r, 4 * (5 * line + i) + j, value % 3);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < 4; ++j) put(r, 60 + j, tail[r] >> (2 * j) & 3);
+}
 
-void repack(const Tensor& packed, int64_t num_bits, bool padded, int64_t row, int64_t column,
-            const Tensor& descriptor, Tensor codes) {
-  require_cpu(packed, "packed");
+void widen_tile(const Matrix& from, const Matrix& to, const uint8_t* in, uint8_t* out) {
+  const uint8_t* tail = in + from.padded_columns * 3;
+  Unit low, high;
+  for (int g = 0; g < from.groups; ++g) {
+    for (int at = 0; at < from.padded_group; at += kTernaryUnit, in += 3 * kLine, tail += kRows) {
+      widen_unit(in, tail, low, high);
+      write_unit<2>(low, out);
+      out += kLine * 2;
+      // A ternary group is padded to whole units of 64 columns, one of 2 bits to 32.
+      if (at + kUnit >= to.padded_group) continue;
+      write_unit<2>(high, out);
+      out += kLine * 2;
+    }
+  }
+}
+
+// Where one row of the table says that a weight's codes lie; its scales and zero points may lie anywhere.
+Matrix find_codes(const Tensor& codes, const Tensor& descriptor, const char* name) {
   require_cpu(descriptor, "descriptor");
-  require_cpu(codes, "codes");
-  require(packed.dim() == 2, "packed: two dimensions expected");
+  require_cpu(codes, name);
   require(descriptor.scalar_type() == ScalarType::Long && descriptor.numel() == kTableFields,
           "descriptor: a row of the table, int64 [7], expected");
-  require(codes.scalar_type() == ScalarType::Byte, "codes: uint8 expected");
-  require(num_bits == kTernary || (num_bits >= 2 && num_bits <= 8) || num_bits == 16, "num_bits: ", num_bits,
-          " is neither ternary (1), 2 to 8 nor 16");
+  require(codes.scalar_type() == ScalarType::Byte, name, ": uint8 expected");
   const int64_t* d = static_cast<const int64_t*>(descriptor.const_data_ptr());
-  // Only codes are written: scales and zero points may lie anywhere.
   const int64_t row_of_codes[kTableFields] = {d[0], d[1], d[2], 0, -1, d[5], d[6]};
   Arenas arenas;
   arenas.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   arenas.num_codes = codes.numel();
   arenas.num_scales = INT64_MAX;
-  const Matrix w = arenas.matrix(row_of_codes, "weight", 0);
+  return arenas.matrix(row_of_codes, "weight", 0);
+}
+
+}  // namespace
+
+void repack(const Tensor& packed, int64_t num_bits, bool padded, int64_t row, int64_t column,
+            const Tensor& descriptor, Tensor codes) {
+  require_cpu(packed, "packed");
+  require(packed.dim() == 2, "packed: two dimensions expected");
+  require(num_bits == kTernary || (num_bits >= 2 && num_bits <= 8) || num_bits == 16, "num_bits: ", num_bits,
+          " is neither ternary (1), 2 to 8 nor 16");
+  const Matrix w = find_codes(codes, descriptor, "codes");
   require(w.bits != 0 && (w.bits == 16) == (num_bits == 16) && (w.bits != kTernary || num_bits == kTernary) &&
               (num_bits == kTernary || w.bits >= num_bits),
           "descriptor: ", w.bits, " bits cannot hold codes of ", num_bits);
@@ -164,12 +201,24 @@ void repack(const Tensor& packed, int64_t num_bits, bool padded, int64_t row, in
   }
   require(fits, "packed: [", rows, ", ", words, "] does not hold rows ", row, " to ", row + w.rows, ", columns ", column,
           " to ", width, " of ", num_bits, " bits");
-  uint8_t* out = static_cast<uint8_t*>(codes.mutable_data_ptr()) + d[2];
+  uint8_t* out = const_cast<uint8_t*>(w.codes);
   torch::stable::parallel_for(0, w.tiles, 4, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto write = w.bits == 16 ? write_bfloat16_tile : write_tile;
       write(w, stored, row, column, static_cast<int>(tile), out + tile * w.tile_bytes);
     }
+  });
+}
+
+void widen(const Tensor& codes, const Tensor& descriptor, const Tensor& wide, Tensor target) {
+  const Matrix from = find_codes(codes, descriptor, "codes"), to = find_codes(target, wide, "target");
+  require(from.bits == kTernary && to.bits == 2 && from.rows == to.rows && from.columns == to.columns &&
+              from.group == to.group,
+          "wide: the same weight in 2 bits instead of ternary expected");
+  uint8_t* out = const_cast<uint8_t*>(to.codes);
+  torch::stable::parallel_for(0, from.tiles, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+      widen_tile(from, to, from.codes + tile * from.tile_bytes, out + tile * to.tile_bytes);
   });
 }
 
