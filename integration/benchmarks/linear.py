@@ -92,7 +92,7 @@ def stock(layer: Linear) -> Multiply:
 
     shape = (layer.columns, layer.rows)
     config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, torch.bfloat16, layer.group, False, False)
-    kernel = CPUWNA16LinearKernel(config, "packed", "scale", "zero_point", "g_idx")
+    kernel = CPUWNA16LinearKernel(config, "packed", "scale", "zero_point")
     modules = []
     for _ in range(layer.copies):
         module = torch.nn.Module()
