@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,17 @@ from moe_collab.kernels.descriptors import TensorSpec
 from moe_collab.kernels.plain import PLAIN, row_words
 from moe_collab.kernels.reference import fused_experts
 
-__all__ = ["MIX", "Ours", "Shape", "int4pack", "naive", "random_experts", "vllm_bfloat16"]
+__all__ = [
+    "MIX",
+    "Ours",
+    "Shape",
+    "int4pack",
+    "naive",
+    "random_weight",
+    "random_weights",
+    "those_that_run",
+    "vllm_bfloat16",
+]
 
 MIX = ((4, 4, 4), (2, 2, 3), (3, 3, 4), (2, 2, 2))
 """(gate, up, down) bits of experts in turn: what an allocator gives at about 3 bits."""
@@ -44,12 +54,12 @@ class Shape:
         ]
 
 
-def random_experts(arenas: Sequence[Arena], seed: int = 0) -> None:
-    """Fill arenas with the same random checkpoint; a shorter arena gets the first experts."""
+def random_weights(arenas: Sequence[Arena], seed: int = 0) -> None:
+    """Fill arenas with the same random checkpoint; a shorter arena gets the first weights."""
     generator = torch.Generator().manual_seed(seed)
     for index in range(max(len(a.specs) for a in arenas)):
         spec = next(a for a in arenas if index < len(a.specs)).specs[index]
-        packed, scales = _random_weight(spec, generator)
+        packed, scales = random_weight(spec, generator)
         for arena in arenas:
             if index < len(arena.specs):
                 arena.write_codes(index, packed)
@@ -57,7 +67,8 @@ def random_experts(arenas: Sequence[Arena], seed: int = 0) -> None:
                     arena.write_scales(index, scales)
 
 
-def _random_weight(spec: TensorSpec, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+def random_weight(spec: TensorSpec, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(codes as a checkpoint packs them, scales); a bfloat16 weight and None at 16 bits."""
     if spec.num_bits == 16:
         return (torch.randn(spec.rows, spec.columns, generator=generator) / spec.columns**0.5).bfloat16(), None
     if spec.num_bits == TERNARY:
@@ -78,7 +89,7 @@ class Ours:
         self.shape = shape
         self.arena = Arena(shape.specs(bits, shape.experts), cpu.TileLayout(ternary_bits))
         self._plain = Arena(shape.specs(bits, shape.top_k), PLAIN)
-        random_experts([self.arena, self._plain])
+        random_weights([self.arena, self._plain])
         self._table = self.arena.table.view(shape.experts, 3, -1)
         self.bytes_per_expert = (self.arena.codes.nbytes + self.arena.scales.nbytes) / shape.experts
 
@@ -113,11 +124,29 @@ class Ours:
         return op(x, w, ids, arena.codes, arena.scales, arena.zero_points, table, None, None, "silu", False, bits)
 
 
+def those_that_run(
+    builders: Mapping[str, Callable[[], Callable]],  # type: ignore[type-arg]
+    arguments: Sequence[object],
+) -> tuple[dict[str, Callable], dict[str, str]]:  # type: ignore[type-arg]
+    """(competitors by name, why the others are absent); each is tried once with `arguments`."""
+    found, absent = {}, {}
+    for name, build in builders.items():
+        try:
+            run = build()
+            run(*arguments)
+            found[name] = run
+        except Exception as error:  # other people's code on a processor they may not have had in mind
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found, absent
+
+
 def vllm_bfloat16(shape: Shape, isa: str) -> Run:
     """vLLM's own fused MoE for CPUs; `isa` "vec" or, where the processor has it, "amx"."""
     import vllm._custom_ops as ops
 
     if isa == "amx":
+        if not torch.cpu._is_amx_tile_supported():
+            raise RuntimeError("this processor has no AMX")
         # The system must allow its registers to a process first; in vLLM some earlier layer has done so.
         torch.cpu._init_amx()
     weights = []

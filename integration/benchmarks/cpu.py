@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,8 +22,10 @@ from moe_collab.formats import TERNARY
 from moe_collab.kernels import cpu
 from moe_collab.kernels.cpu.tuning import tune
 
-from .contenders import MIX, Ours, Run, Shape, int4pack, naive, vllm_bfloat16
-from .ggml_moe import GgmlMoE, available
+from .contenders import MIX, Ours, Run, Shape, int4pack, naive, those_that_run, vllm_bfloat16
+from .ggml_moe import GgmlMoE
+from .linear import bench_linear
+from .repack import bench_repack
 from .timing import Stream, interleave
 
 SHAPES = {
@@ -44,6 +49,12 @@ GGML = {"8": "Q8_0", "6": "Q6_K", "5": "Q5_K", "4": "Q4_K", "3": "Q3_K", "2": "Q
 
 RATIOS = ("vs_vllm_bf16", "vs_ggml", "vs_int4pack", "roof")
 COLUMNS = ("shape", "tokens", "bits", "activation_bits", "ours_us", *RATIOS, "rel_error")
+LINEAR = ("shape", "tokens", "bits", "ours_us", "vs_vllm_bf16", "vs_vllm_4bit", "vs_int4pack", "roof", "rel_error")
+TABLES = (
+    ("experts; ratios: competitor's time / ours, in the same run", ("decode", "prefill"), COLUMNS),
+    ("linear layers; ratios likewise, bf16 = torch's linear, which vLLM uses", ("linear",), LINEAR),
+    ("repacking at load, in checkpoint bytes a second", ("repack",), ("shape", "bits", "ours_us", "gb_s")),
+)
 # The larger layer is timed where it matters: all formats and 512 tokens of it would take 20 GB and half an hour.
 CASES = {
     "qwen3-30b": (tuple(STORAGE), (1, 4, 8, 192, 512)),
@@ -55,7 +66,8 @@ def main() -> None:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parts = (*SHAPES, "linear", "repack")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--tokens", nargs="+", type=int, help="instead of the shape's own")
     parser.add_argument("--storage", nargs="+", choices=STORAGE, help="instead of the shape's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -65,22 +77,29 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     stream = Stream(arguments.threads, arguments.output)
     rows: list[dict[str, object]] = []
-    for name in arguments.shapes:
-        storage, tokens = CASES[name]
-        storage, tokens = arguments.storage or storage, arguments.tokens or tokens
-        rows += bench_shape(SHAPES[name], storage, tokens, arguments.threads, stream)
+    absent: dict[str, str] = {}
+    for name in arguments.parts:
+        if name == "repack":
+            new, missing = bench_repack(arguments.threads), {}
+        elif name == "linear":
+            new, missing = bench_linear(arguments.threads, stream)
+        else:
+            storage, tokens = CASES[name]
+            storage, tokens = arguments.storage or storage, arguments.tokens or tokens
+            new, missing = bench_shape(SHAPES[name], storage, tokens, arguments.threads, stream)
+        rows, absent = rows + new, absent | missing
         (arguments.output / "cpu.json").write_text(json.dumps(rows, indent=1))
-    print_table(rows)
+    print_tables(rows, absent)
 
 
 def bench_shape(
     shape: Shape, storage: Sequence[str], tokens: Sequence[int], threads: int, stream: Stream
-) -> list[dict]:
-    """Rows of one layer shape."""
+) -> tuple[list[dict], dict[str, str]]:
+    """(rows of one layer shape, why competitors are absent)."""
     ours = {s: Ours(shape, STORAGE[s], TERNARY if s == "ternary 1.6" else 2) for s in storage}
     for layer in ours.values():
         tune(layer.arena)
-    others = competitors(shape, threads, [GGML[s] for s in storage if s in GGML])
+    others, absent = competitors(shape, threads, [GGML[s] for s in storage if s in GGML])
     rows = []
     for count in tokens:
         bits = [16] if count < 192 else [16, 8]
@@ -97,7 +116,7 @@ def bench_shape(
         for r in new:
             print(*(r[key] for key in COLUMNS), flush=True)
         rows += new + avx2_row(shape, threads, seconds)
-    return rows
+    return rows, absent
 
 
 def batch(shape: Shape, tokens: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,21 +131,22 @@ def batch(shape: Shape, tokens: int, index: int) -> tuple[torch.Tensor, torch.Te
     return x, weights, ids.int()
 
 
-def competitors(shape: Shape, threads: int, kinds: Sequence[str]) -> dict[str, Run]:
-    """By name; ggml's `kinds` where it is installed."""
-    found: dict[str, Run] = {"vllm bf16 vec": vllm_bfloat16(shape, "vec")}
-    if torch.cpu._is_amx_tile_supported():
-        found["vllm bf16 amx"] = vllm_bfloat16(shape, "amx")
-    found |= {"int4pack": int4pack(shape), "naive": naive(shape)}
-    if available():
-        for kind in kinds:
-            for repack in (False, True):
-                layer = GgmlMoE(kind, shape.experts, shape.hidden, shape.width, shape.top_k, threads, repack)
-                found[f"ggml {kind} {layer.layout}"] = _ggml(layer)
-    return found
+def competitors(shape: Shape, threads: int, kinds: Sequence[str]) -> tuple[dict[str, Run], dict[str, str]]:
+    """(by name, why the others are absent); ggml's `kinds` as its files store them and as it repacks them."""
+    builders: dict[str, Callable[[], Run]] = {
+        f"vllm bf16 {isa}": partial(vllm_bfloat16, shape, isa) for isa in ("vec", "amx")
+    }
+    builders |= {"int4pack": partial(int4pack, shape), "naive": partial(naive, shape)}
+    for kind, repack in product(kinds, (False, True)):
+        builders[f"ggml {kind} {'repacked' if repack else 'plain'}"] = partial(_ggml, shape, kind, threads, repack)
+    return those_that_run(builders, batch(shape, 1, 0))
 
 
-def _ggml(layer: GgmlMoE) -> Run:
+def _ggml(shape: Shape, kind: str, threads: int, repack: bool) -> Run:
+    layer = GgmlMoE(kind, shape.experts, shape.hidden, shape.width, shape.top_k, threads, repack)
+    if repack and layer.layout == "CPU":
+        raise RuntimeError("llama.cpp has no other layout for this type here")
+
     def call(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(layer.run(x.float().numpy(), ids.numpy(), weights.numpy()))
 
@@ -193,15 +213,23 @@ def avx2_row(shape: Shape, threads: int, seconds: dict[str, float]) -> list[dict
     return [{**common, "ours_us": round(slow * 1e6, 1), "vs_best": round(fast / slow, 3)}]
 
 
-def print_table(rows: list[dict]) -> None:
-    """What a reader wants to see first."""
-    table = Table(title="CPU kernels; ratios: competitor's time / ours, in the same run")
-    for key in COLUMNS:
-        table.add_column(key)
-    for r in rows:
-        if r["case"] in ("decode", "prefill"):
-            table.add_row(*(str(r[key]) for key in COLUMNS))
-    Console(width=130).print(table)
+def print_tables(rows: list[dict], absent: dict[str, str]) -> None:
+    """What a reader wants to see first, and why a column is empty."""
+    console = Console(width=130)
+    for title, cases, columns in TABLES:
+        table = Table(title=title)
+        for key in columns:
+            table.add_column(key)
+        chosen = [r for r in rows if r["case"] in cases]
+        for r in chosen:
+            table.add_row(*(str(r[key]) for key in columns))
+        if chosen:
+            console.print(table)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, why in absent.items():
+        reasons[why].append(name)
+    for why, names in reasons.items():
+        console.print(f"absent: {', '.join(names)}: {why}", highlight=False)
 
 
 if __name__ == "__main__":

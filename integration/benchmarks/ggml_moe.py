@@ -79,12 +79,6 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def available() -> str | None:
-    """ggml's version and commit, or None where its libraries are not installed."""
-    g = _library()
-    return None if g is None else f"ggml {g.ggml_version().decode()} ({g.ggml_commit().decode()})"
-
-
 class GgmlMoE:
     """The experts of one MoE layer in one ggml type, with random weights, and their forward pass.
 
@@ -96,7 +90,7 @@ class GgmlMoE:
                  repack: bool = True, seed: int = 0) -> None:  # fmt: skip
         g = _library()
         if g is None:
-            raise RuntimeError("ggml is not installed")
+            raise RuntimeError("llama.cpp is not installed: pip install llama-cpp-python==0.3.36")
         self._g, self._type, self.experts, self.hidden, self.top_k = g, KINDS[kind], experts, hidden, top_k
         self._shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
         self._owned = contextlib.ExitStack()

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,21 +52,24 @@ MEMORY = 12e9
 ATTENTION_BITS, GROUP = 4, 128
 MIXES = {"4": ((4,) * 3,), "3": ((3,) * 3,), "2": ((2,) * 3,), "mix 4/3/2": MIX}
 PREFILL, DECODE, REPEATS = 512, 48, 3
+KV_CACHE = 256 << 20
 
 
 def main() -> None:
     """Build the checkpoints, run each in a process of its own, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    parser.add_argument("--memory", type=float, default=MEMORY, help="bytes of bfloat16 weights: how many layers")
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print("RESULT", json.dumps(measure(arguments.measure)))
         return
-    layers = int(MEMORY // _layer_bytes())
+    layers = int(arguments.memory // _layer_bytes())
     rows = [run(arguments.output / "model", None, layers)]
-    for name, bits in MIXES.items():
-        rows.append(run(arguments.output / "model", bits, layers) | {"bits": name})
+    for name in arguments.mixes:
+        rows.append(run(arguments.output / "model", MIXES[name], layers) | {"bits": name})
     for row in rows:
         row["vs_bf16"] = {
             key: round(rate / rows[0]["tokens_per_s"][key], 2) for key, rate in row["tokens_per_s"].items()
@@ -84,7 +88,6 @@ def run(path: Path, bits: tuple | None, layers: int) -> dict:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     size = round(sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e9, 2)
     environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": cores,
     }
@@ -96,23 +99,26 @@ def run(path: Path, bits: tuple | None, layers: int) -> dict:
         raise RuntimeError(f"vLLM did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     rates = json.loads(lines[0].removeprefix("RESULT "))
     row = {"case": "model", "bits": "16", "layers": layers, "threads": torch.get_num_threads()}
-    return row | {"load_peak_gb": rates.pop("peak_gb"), "checkpoint_gb": size, "tokens_per_s": rates}
+    memory = {key: rates.pop(key) for key in ("load_peak_gb", "loaded_gb")}
+    return row | memory | {"checkpoint_gb": size, "tokens_per_s": rates}
 
 
 def measure(path: Path) -> dict[str, float]:
-    """Tokens per second: decoding at batch 1 and 8, and prefill of one prompt."""
+    """Memory while loading, and tokens per second: decoding at batch 1 and 8, and prefill of one prompt."""
     from vllm import LLM, SamplingParams
 
     packed = "quantization_config" in json.loads((path / "config.json").read_text())
-    model = LLM(
-        model=str(path),
-        dtype="bfloat16",
-        load_format="auto" if packed else "dummy",
-        skip_tokenizer_init=True,
-        max_model_len=1024,
-        enable_prefix_caching=False,
-        gpu_memory_utilization=0.3,  # of which VLLM_CPU_KVCACHE_SPACE makes nothing but a check
-    )
+    with PeakMemory() as memory:
+        model = LLM(
+            model=str(path),
+            dtype="bfloat16",
+            load_format="auto" if packed else "dummy",
+            skip_tokenizer_init=True,
+            max_model_len=1024,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.3,  # of which kv_cache_memory_bytes makes nothing but a check
+            kv_cache_memory_bytes=KV_CACHE,
+        )
 
     def seconds(batch: int, length: int, new: int, seed: int) -> float:
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +130,7 @@ def measure(path: Path) -> dict[str, float]:
         model.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - began
 
-    rates = {"peak_gb": _peak_gb()}
+    rates = {"load_peak_gb": round(memory.peak / 1e9, 2), "loaded_gb": round(memory.now / 1e9, 2)}
     seconds(8, 16, 4, 0)
     for batch in (1, 8):
         runs = [seconds(batch, 16, DECODE + 1, r) - seconds(batch, 16, 1, r) for r in range(REPEATS)]
@@ -133,13 +139,34 @@ def measure(path: Path) -> dict[str, float]:
     return rates
 
 
-def _peak_gb() -> float:
-    """The most memory that the process with the weights has held so far, while it loaded them."""
-    peaks = []
-    for child in psutil.Process().children(recursive=True):
-        status = Path(f"/proc/{child.pid}/status").read_text()
-        peaks += [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
-    return round(max(peaks) / 1e6, 2)
+class PeakMemory:
+    """Samples the memory of the process with the weights: `peak` and `now`, bytes, without pages of mapped files."""
+
+    def __init__(self) -> None:
+        self.peak = self.now = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.02):
+            self.now = max(map(_anonymous, psutil.Process().children(recursive=True)), default=0)
+            self.peak = max(self.peak, self.now)
+
+
+def _anonymous(process: psutil.Process) -> int:
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:  # it has ended
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def write_checkpoint(path: Path, bits: tuple | None, layers: int) -> None:

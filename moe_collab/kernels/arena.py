@@ -51,19 +51,26 @@ class Arena:
     """Codes, scales and zero points of `specs`, one after the other, and their table int64 [len(specs), 7]."""
 
     def __init__(self, specs: Sequence[TensorSpec], layout: Layout) -> None:
-        self.specs, self.layout = list(specs), layout
+        self.specs = list(specs)
         self.table = torch.zeros(len(specs), len(Field), dtype=torch.int64)
-        codes = scales = zeros = 0
+        scales = zeros = 0
         for row, spec in zip(self.table, self.specs, strict=True):
             zero = zeros if spec.is_packed and not spec.symmetric else -1
-            fields = [layout.stored_bits(spec), spec.group_size, codes, scales, zero, spec.rows, spec.columns]
-            row.copy_(torch.tensor(fields))
-            codes += layout.num_codes(spec)
+            row.copy_(torch.tensor([0, spec.group_size, 0, scales, zero, spec.rows, spec.columns]))
             scales += layout.num_scales(spec)
             zeros += layout.num_scales(spec) if zero >= 0 else 0
-        self.codes = allocate(codes, layout.codes_dtype)
+        self.use(layout)
         self.scales = torch.zeros(scales, dtype=layout.scales_dtype)
         self.zero_points = torch.zeros(zeros, dtype=torch.int8)
+
+    def use(self, layout: Layout) -> None:
+        """Make room for the codes as `layout` stores them, in place of what there was."""
+        self.layout = layout
+        codes = 0
+        for row, spec in zip(self.table, self.specs, strict=True):
+            row[Field.NUM_BITS], row[Field.CODES] = layout.stored_bits(spec), codes
+            codes += layout.num_codes(spec)
+        self.codes = allocate(codes, layout.codes_dtype)
 
     def write_codes(self, index: int, packed: torch.Tensor, cut: Cut | None = None) -> None:
         """Store the codes (or the bfloat16 weight) of weight `index`. Raises `MoeCollabError` if they do not fit."""

@@ -11,9 +11,11 @@ import torch
 from loguru import logger
 
 from ..errors import MoeCollabError
+from ..formats import TERNARY
 from . import cpu, reference
 from .arena import Arena, Layout
 from .cpu.tuning import tune
+from .cpu.widening import widen_ternary
 from .plain import PLAIN
 
 __all__ = ["Backend", "activation_bits", "backend"]
@@ -29,6 +31,8 @@ class Backend:
     linear: Callable[..., torch.Tensor]
     tune: Callable[[Arena], object] = lambda arena: None
     """Measure, once, what the kernels' speed depends on."""
+    widen_ternary: Callable[[Arena, int], bool] = lambda arena, keep_free: False
+    """As `cpu.widening.widen_ternary`, where a faster storage of ternary weights exists."""
     is_fast: bool = True
 
 
@@ -52,7 +56,8 @@ def backend() -> Backend:
         else:
             ops = torch.ops.moe_collab
             name = f"cpu ({cpu.configure()})"
-            return Backend(name, cpu.TileLayout(), ops.fused_experts_cpu, ops.linear_cpu, tune)
+            layout = cpu.TileLayout(ternary_bits=TERNARY)
+            return Backend(name, layout, ops.fused_experts_cpu, ops.linear_cpu, tune, widen_ternary)
     return Backend("torch reference", PLAIN, reference.fused_experts, reference.linear, is_fast=False)
 
 

@@ -42,7 +42,7 @@ class MoeCollabConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Our methods for routed experts and, on CPUs, for linear layers in packed integers; else the parent's.
 
-        Stock vLLM has only a 4-bit linear kernel for CPUs, which is slower than ours but faster than the reference.
+        Stock vLLM has only a 4-bit linear kernel for CPUs, if any: slower than ours but faster than the reference.
         """
         if isinstance(layer, RoutedExperts):
             return MixedBitMoEMethod(layer.moe_config, self._expert_schemes(layer, prefix))
@@ -50,7 +50,7 @@ class MoeCollabConfig(CompressedTensorsConfig):
             names = self._parts(prefix)
             schemes = [self._scheme(layer, name) for name in names]
             bits = {s["weights"].num_bits if is_packed_integer(s) else s and 0 for s in schemes}
-            if bits - {None} and 0 not in bits and (bits != {4} or backend().is_fast):
+            if bits - {None} and 0 not in bits and (bits != {4} or backend().is_fast or not _has_stock_int4()):
                 return MixedBitLinearMethod(names, [s and s["weights"] for s in schemes])
         return super().get_quant_method(layer, prefix)
 
@@ -81,7 +81,7 @@ def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = Fal
 
     It has none for experts that differ within a layer, and none for experts in packed integers other than 4 and 8
     bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
-    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone.
+    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone, and not everywhere.
     """
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
     others = set()
@@ -97,7 +97,7 @@ def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = Fal
                 others.add(weights["num_bits"])
     for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
         schemes[layer].add((16,))
-    if current_platform.is_cpu() and others - {4}:
+    if current_platform.is_cpu() and others - ({4} if _has_stock_int4() else set()):
         return True
     if all(len(found) == 1 and (16,) in found for found in schemes.values()):
         return False
@@ -109,6 +109,13 @@ def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = Fal
         served = torch.cpu._is_amx_tile_supported() and strategies == {"group"} and not grouped_routing
         stock = {4} if served else set()
     return bool(bits) and (mixed or not bits <= stock)
+
+
+def _has_stock_int4() -> bool:
+    """vLLM 0.32's build for CPUs with AVX2 alone lacks its 4-bit linear kernel, and fails at the first token."""
+    import vllm._custom_ops  # noqa: F401 loads the kernels
+
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def _routes_in_groups(hf_config: Any) -> bool:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from ..errors import MoeCollabError
 from ..kernels.arena import Cut
 from ..kernels.backends import activation_bits, backend
 from .weights import KINDS, CheckpointArena, make_spec
@@ -21,9 +21,10 @@ __all__ = ["ExpertSchemes", "MixedBitMoEMethod"]
 
 logger = init_logger("vllm.moe_collab")
 
+# What loading leaves free for what comes after it; without a setting vLLM sizes its cache by what is left.
+_USUAL_KV_CACHE = 4 << 30
+_WORKING_MEMORY = 1 << 30
 _SHARDS = {"w1": 0, "w3": 1, "w2": 2}
-_DOWN = 2
-_PLACEHOLDERS = [f"{fused}_{kind}" for fused in ("w13", "w2") for kind in KINDS]
 # Both have the same mathematics; they differ in how a checkpoint interleaves gate and up, which we keep apart.
 _ACTIVATIONS = {"swigluoai_uninterleave": "swigluoai"}
 
@@ -49,6 +50,8 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         self.schemes = schemes
         # Looked up here: torch.compile does not trace the look-up.
         self._fused_experts, self._activation_bits = backend().fused_experts, activation_bits()
+        kv_cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes
+        self._keep_free = (_USUAL_KV_CACHE if kv_cache is None else kv_cache) + _WORKING_MEMORY
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: the arena is ours alone."""
@@ -64,8 +67,6 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Allocate the arena, and placeholders that catch the checkpoint's tensor names."""
-        if self.moe.has_bias:
-            raise MoeCollabError(f"{self.schemes.prefix}: experts with biases are not loaded yet.")
         ranks, rank = self._tensor_parallel()
         width, full = intermediate_size_per_partition, intermediate_size_per_partition * ranks
         gate_up = ((width, hidden_size), Cut((full, hidden_size), row=rank * width))
@@ -77,8 +78,10 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
                 names.append(self.schemes.name(expert, projection))
                 schemes.append(self.schemes.table[expert][projection])
                 specs.append(make_spec(names[-1], schemes[-1], shape, cut.shape[1]))
-        self._arena = CheckpointArena(specs, names, schemes)
-        for name in _PLACEHOLDERS:
+        self._arena = CheckpointArena(specs, names, schemes, self.moe.has_bias)
+        kinds = (*KINDS, "bias") if self.moe.has_bias else KINDS
+        self._placeholders = [f"{fused}_{kind}" for fused in ("w13", "w2") for kind in kinds]
+        for name in self._placeholders:
             parameter = torch.nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, {"weight_loader": self._loader(layer, name.split("_", 1)[1])})
@@ -109,12 +112,15 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a checkpoint that lacks a tensor this rank needs; drop the placeholders."""
-        self._arena.finish(layer, self.schemes.prefix)
+        self._arena.check(self.schemes.prefix)
+        if backend().widen_ternary(self._arena, self._keep_free):
+            logger.info_once("moe_collab keeps ternary experts in 1.6 bits, which is slower: memory is short")
         backend().tune(self._arena)
+        self._arena.register(layer)
         layer.arena_table = layer.arena_table.view(-1, 3, layer.arena_table.shape[1])
         bits = sorted({spec.num_bits for spec in self._arena.specs})
         del self._arena
-        for name in _PLACEHOLDERS:
+        for name in self._placeholders:
             delattr(layer, name)
         logger.info_once("moe_collab serves experts of %s bits with backend: %s", str(bits), backend().name)
 
@@ -137,7 +143,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
             layer.arena_scales,
             layer.arena_zero_points,
             layer.arena_table,
-            None,
+            layer.arena_bias,
             layer.expert_map,
             _ACTIVATIONS.get(activation, activation),
             layer.apply_router_weight_on_input,

@@ -87,7 +87,8 @@ class MixedBitLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a checkpoint that lacks a tensor; drop the placeholders."""
-        self._arena.finish(layer, self.names[0])
+        self._arena.check(self.names[0])
+        self._arena.register(layer)
         del self._arena
         for kind in KINDS:
             delattr(layer, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -18,7 +19,7 @@ __all__ = ["BUFFERS", "KINDS", "CheckpointArena", "is_packed_integer", "make_spe
 KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 """Suffixes of a module's tensors in the checkpoint."""
 
-BUFFERS = ("codes", "scales", "zero_points", "table")
+BUFFERS = ("codes", "scales", "zero_points", "table", "bias")
 
 
 def is_packed_integer(scheme: dict | None) -> bool:
@@ -54,18 +55,27 @@ def _stored_group(scheme: QuantizationArgs, full_columns: int) -> int:
 class CheckpointArena(Arena):
     """An arena filled tensor by tensor as the checkpoint is read.
 
-    `names` and `schemes` (None = unquantized) are those of the modules behind `specs`.
+    `names` and `schemes` (None = unquantized) are those of the modules behind `specs`, each of which has a bias if
+    `biases`: float32, one after the other.
     """
 
-    def __init__(self, specs: list[TensorSpec], names: list[str], schemes: list[QuantizationArgs | None]) -> None:
+    def __init__(
+        self,
+        specs: list[TensorSpec],
+        names: list[str],
+        schemes: list[QuantizationArgs | None],
+        biases: bool = False,
+    ) -> None:
         super().__init__(specs, backend().layout)
         self.names, self.schemes = names, schemes
+        self._starts = list(accumulate((spec.rows for spec in specs), initial=0))
+        self.bias = torch.zeros(self._starts[-1], dtype=torch.float32) if biases else None
         self._loaded: set[tuple[int, str]] = set()
 
     def place(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut) -> None:
         """Write this rank's `cut` of one checkpoint tensor. Raises `MoeCollabError` naming the tensor."""
         name, scheme = f"{self.names[index]}.{kind}", self.schemes[index]
-        if (kind == "weight") != (scheme is None) or kind == "weight_g_idx":
+        if kind != "bias" and ((kind == "weight") != (scheme is None) or kind == "weight_g_idx"):
             raise MoeCollabError(f"{name}: contradicts config.json, which stores this module as {scheme}.")
         try:
             if kind == "weight":
@@ -75,6 +85,8 @@ class CheckpointArena(Arena):
                 self.write_codes(index, tensor, cut)
             elif kind == "weight_shape":
                 _expect(tensor.tolist(), cut.shape)
+            elif kind == "bias":
+                self._place_bias(index, tensor, cut)
             else:
                 self._place_groups(index, kind, tensor, cut, _stored_group(scheme, cut.shape[1]))  # type: ignore[arg-type]
         except (MoeCollabError, RuntimeError, ValueError) as error:
@@ -87,6 +99,13 @@ class CheckpointArena(Arena):
             raise MoeCollabError(f"unquantized experts are served in bfloat16, not {weight.dtype}.")
         self.write_codes(index, weight, cut)
 
+    def _place_bias(self, index: int, bias: torch.Tensor, cut: Cut) -> None:
+        """Ranks that hold other columns of a weight add their results, so the first of them alone adds the bias."""
+        _expect(bias.shape, cut.shape[:1])
+        if cut.column == 0:
+            start, rows = self._starts[index], self.specs[index].rows
+            self.bias[start : start + rows] = bias[cut.row : cut.row + rows]  # type: ignore[index]
+
     def _place_groups(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut, stored_group: int) -> None:
         spec = self.specs[index]
         shape = (cut.shape[0], cut.shape[1] // stored_group)
@@ -98,28 +117,30 @@ class CheckpointArena(Arena):
         write = self.write_zero_points if kind == "weight_zero_point" else self.write_scales
         write(index, groups[:, first : first + spec.num_groups])
 
-    def finish(self, layer: torch.nn.Module, what: str) -> None:
-        """Register the buffers on `layer`. Raises `MoeCollabError` if the checkpoint lacked a tensor of ours."""
+    def check(self, what: str) -> None:
+        """Raises `MoeCollabError` if the checkpoint lacked a tensor of `what` that this rank needs."""
         missing = [
             f"{self.names[index]}.{kind}"
             for index, spec in enumerate(self.specs)
-            for kind in _needed(spec)
+            for kind in _needed(spec, self.bias is not None)
             if (index, kind) not in self._loaded
         ]
         if missing:
             raise MoeCollabError(
                 f"the checkpoint lacks {len(missing)} tensors of {what}, the first {missing[0]}. Copy or make it again."
             )
+
+    def register(self, layer: torch.nn.Module) -> None:
+        """Make the arena buffers of `layer`."""
         for name in BUFFERS:
             layer.register_buffer(f"arena_{name}", getattr(self, name), persistent=False)
 
 
-def _needed(spec: TensorSpec) -> list[str]:
+def _needed(spec: TensorSpec, bias: bool) -> list[str]:
     if spec.num_bits == 0:
         return []
-    if spec.num_bits == 16:
-        return ["weight"]
-    return ["weight_packed", "weight_scale", *([] if spec.symmetric else ["weight_zero_point"])]
+    needed = ["weight"] if spec.num_bits == 16 else ["weight_packed", "weight_scale"]
+    return needed + ["weight_zero_point"] * (not spec.symmetric) + ["bias"] * bias
 
 
 def _expect(shape: object, expected: object) -> None:

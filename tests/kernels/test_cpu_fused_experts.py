@@ -69,6 +69,15 @@ def test_equals_the_reference(num_bits, symmetric, tokens, activation_bits):
     assert_close(plain, tiled, route(tokens, 4, 2, 256), bits=activation_bits)
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize("group", [64, 192])
+@pytest.mark.parametrize("num_bits", BITS)
+def test_blocks_of_64_columns_and_many_tokens(num_bits, group, activation_bits):
+    """AMX sums over 128 columns or, as here, 64; ternary in five trits a byte too."""
+    plain, tiled = build(192, 192, [(num_bits,) * 3] * 2, group, False, ternary_bits=TERNARY)
+    assert_close(plain, tiled, route(37, 2, 2, 192), bits=activation_bits)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.data(),

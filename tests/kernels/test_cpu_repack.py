@@ -7,11 +7,12 @@ from moe_collab import MoeCollabError
 from moe_collab.formats import TERNARY, pack_ternary, packed_width
 from moe_collab.kernels import cpu
 from moe_collab.kernels.arena import Arena, Cut
+from moe_collab.kernels.cpu.widening import widen_ternary
 from moe_collab.kernels.descriptors import TensorSpec
 from moe_collab.kernels.plain import PLAIN
 from moe_collab.kernels.reference import linear
 
-from .layers import random_weight
+from .layers import load, random_weight
 
 cpu.load()
 
@@ -61,6 +62,33 @@ def test_ternary_in_either_storage():
         sizes.append(arena.codes.numel())
     torch.testing.assert_close(found[0], found[1])
     assert sizes == [48 * 256 * 26 // 128, 48 * 256 // 4]
+
+
+@pytest.mark.parametrize(("columns", "group"), [(256, 128), (96, 32), (60, 20), (200, 200)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_widening_ternary_weights(columns, group, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    specs = [TensorSpec(TERNARY, 40, columns, group, symmetric), TensorSpec(4, 20, columns, group)]
+    weights = [random_weight(spec, generator) for spec in (*specs, specs[0])]
+    arena = load(weights, cpu.TileLayout(ternary_bits=TERNARY))
+    x = torch.eye(columns)
+    before, size, codes = multiply(arena, x, 100), arena.codes.numel(), arena.codes.clone()
+    assert widen_ternary(arena, keep_free=1 << 60)
+    assert torch.equal(arena.codes, codes) and arena.table[:, 0].tolist() == [TERNARY, 4, TERNARY]
+    assert not widen_ternary(arena, keep_free=0)
+    assert arena.table[:, 0].tolist() == [2, 4, 2] and arena.codes.numel() != size
+    torch.testing.assert_close(multiply(arena, x, 100), before)
+    assert not widen_ternary(arena, keep_free=1 << 60)
+
+
+def test_widening_refuses_another_weight():
+    narrow = Arena([TensorSpec(TERNARY, 16, 64, 32)], cpu.TileLayout(ternary_bits=TERNARY))
+    wide = Arena([TensorSpec(TERNARY, 16, 64, 64), TensorSpec(TERNARY, 16, 64, 32)], cpu.TileLayout())
+    widen = torch.ops.moe_collab.widen_cpu
+    with pytest.raises((ValueError, RuntimeError), match="wide: the same weight in 2 bits"):
+        widen(narrow.codes, narrow.table[0], wide.table[0], wide.codes)
+    with pytest.raises((ValueError, RuntimeError), match="lies outside the arena of 64 bytes"):
+        widen(narrow.codes, narrow.table[0], wide.table[1], wide.codes[:64])
 
 
 @pytest.mark.parametrize(

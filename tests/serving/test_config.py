@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_collab.serving import config as served
 from moe_collab.serving.config import MoeCollabConfig, current_platform, needs_this_package
 
 
@@ -23,6 +24,7 @@ OTHERS = [r"re:^model\.layers\.0\.mlp\.experts\.(2|3)\.(up_proj)$"]
 @pytest.fixture(params=[True, False], ids=["amx", "no amx"])
 def amx(request, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
+    monkeypatch.setattr(served, "_has_stock_int4", lambda: True)
     return request.param
 
 
@@ -46,6 +48,12 @@ def test_other_uniform_bits_are_ours(amx, bits):
 def test_linear_layers_without_a_stock_kernel_are_ours(amx):
     assert needs_this_package(config(([r"re:.*shared_experts.*"], 3), ignore=("lm_head",)))
     assert needs_this_package(config(([r"re:.*self_attn.*"], 4), (["lm_head"], 8)))
+
+
+def test_four_bit_linear_layers_are_ours_where_stock_lacks_its_kernel(amx, monkeypatch):
+    assert not needs_this_package(config(([r"re:.*self_attn.*"], 4)))
+    monkeypatch.setattr(served, "_has_stock_int4", lambda: False)
+    assert needs_this_package(config(([r"re:.*self_attn.*"], 4)))
 
 
 def test_nothing_else_is_ours(amx):

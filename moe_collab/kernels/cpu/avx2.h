@@ -11,7 +11,7 @@ namespace {
 template <bool VNNI>
 struct Avx2 {
   static constexpr int kHalves = 2, kBytes = 32;
-  static constexpr bool kFullRange = false;
+  static constexpr bool kFullRange = false, kPaired = !VNNI;
   using Bytes = __m256i;
   using Int = __m256i;
   using Float = __m256;
@@ -29,6 +29,9 @@ struct Avx2 {
   static MOE_INLINE __m256i spread(const int8_t* x) { return _mm256_set1_epi32(quad(x)); }
   static MOE_INLINE Int widen(Int sum, __m256i pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static MOE_INLINE __m256i add_products(__m256i pairs, Bytes quad, __m256i x) {
+    return _mm256_add_epi16(pairs, _mm256_maddubs_epi16(quad, x));
   }
   // Without VNNI products go through 16-bit sums, which hold as many quads as MOST codes allow.
   template <int MOST>

@@ -10,7 +10,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kHalves = 1, kBytes = 64;
-  static constexpr bool kFullRange = true;
+  static constexpr bool kFullRange = true, kPaired = false;
   using Bytes = __m512i;
   using Int = __m512i;
   using Float = __m512;

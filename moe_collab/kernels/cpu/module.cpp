@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_collab, m) {
   m.def(
       "repack_cpu(Tensor packed, int num_bits, bool padded, int row, int column, Tensor descriptor, "
       "Tensor(a!) codes) -> ()");
+  m.def("widen_cpu(Tensor codes, Tensor descriptor, Tensor wide, Tensor(a!) target) -> ()");
   m.def("configure_cpu(str name, int bits, int prefetch) -> str");
 }
 
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_collab, CPU, m) {
   m.impl("fused_experts_cpu", TORCH_BOX(&moe_collab::fused_experts));
   m.impl("linear_cpu", TORCH_BOX(&moe_collab::linear));
   m.impl("repack_cpu", TORCH_BOX(&moe_collab::repack));
+  m.impl("widen_cpu", TORCH_BOX(&moe_collab::widen));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_collab, CompositeExplicitAutograd, m) {

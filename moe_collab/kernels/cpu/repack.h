@@ -9,4 +9,7 @@ namespace moe_collab {
 void repack(const Tensor& packed, int64_t num_bits, bool padded, int64_t row, int64_t column,
             const Tensor& descriptor, Tensor codes);
 
+// Ternary tiles -> 2-bit tiles of the same weight. `descriptor` says where it lies in `codes`, `wide` where in `target`.
+void widen(const Tensor& codes, const Tensor& descriptor, const Tensor& wide, Tensor target);
+
 }  // namespace moe_collab

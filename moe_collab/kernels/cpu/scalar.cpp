@@ -6,7 +6,7 @@ namespace {
 
 struct Scalar {
   static constexpr int kHalves = 1, kBytes = 64;
-  static constexpr bool kFullRange = false;
+  static constexpr bool kFullRange = false, kPaired = false;
   struct Bytes {
     uint8_t at[64];
   };

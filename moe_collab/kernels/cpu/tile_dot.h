@@ -52,6 +52,18 @@ struct Tile {
     }
   }
 
+  // One quad alone.
+  template <int BITS, int Q>
+  static MOE_INLINE Bytes unpack_quad(const uint8_t* unit) {
+    Bytes quads[8];
+    [&]<int... I>(std::integer_sequence<int, I...>) MOE_LAMBDA_INLINE {
+      ([&] {
+        if constexpr (Fields<BITS>::table[I].quad == Q) add_field<BITS, I>(unit, quads);
+      }(), ...);
+    }(std::make_integer_sequence<int, kNumFields<BITS>>{});
+    return quads[Q];
+  }
+
   template <int BITS>
   static MOE_INLINE void unpack(const uint8_t* unit, Bytes* quads) {
     [&]<int... I>(std::integer_sequence<int, I...>) MOE_LAMBDA_INLINE {
@@ -106,6 +118,48 @@ struct Tile {
     }
   }
 
+  // One token without VNNI: both halves of a quad share the activations, and products stay in 16 bits as long as they
+  // fit, over several units where codes are small.
+  template <int BITS, int P>
+  static MOE_INLINE void block_paired(const uint8_t* codes, int columns, int prefetch, int at, const Activations* x,
+                                      Int (&acc)[1][P][H]) {
+    constexpr int kFit = 32767 / (2 * 127 * ((1 << BITS) - 1));  // quads
+    Bytes pairs[P][H];
+    const auto clear = [&]() MOE_LAMBDA_INLINE {
+      for (auto& p : pairs)
+        for (auto& b : p) b = V::zero();
+    };
+    const auto widen = [&]() MOE_LAMBDA_INLINE {
+      for (int p = 0; p < P; ++p)
+        for (int h = 0; h < H; ++h) acc[0][p][h] = V::widen(acc[0][p][h], pairs[p][h]);
+    };
+    clear();
+    for (int k = 0; k < columns; k += kUnit, codes += kLine * BITS) {
+#pragma GCC unroll 8
+      for (int line = 0; line < BITS; ++line) prefetch_line(codes + prefetch + kLine * line);
+      const int8_t* high = x->high + at + k;
+      const int8_t* low = x->low + at + k;
+      [&]<int... Q>(std::integer_sequence<int, Q...>) MOE_LAMBDA_INLINE {
+        ([&]() MOE_LAMBDA_INLINE {
+          const Bytes first = unpack_quad<BITS, Q>(codes), second = unpack_quad<BITS, Q>(codes + V::kBytes);
+          const Bytes upper = V::spread(high + 4 * Q);
+          pairs[0][0] = V::add_products(pairs[0][0], first, upper);
+          pairs[0][1] = V::add_products(pairs[0][1], second, upper);
+          if constexpr (P == 2) {
+            const Bytes lower = V::spread(low + 4 * Q);
+            pairs[1][0] = V::add_products(pairs[1][0], first, lower);
+            pairs[1][1] = V::add_products(pairs[1][1], second, lower);
+          }
+          if constexpr (kFit < 32 && (Q + 1) % (kFit >= 8 ? 8 : 4) == 0) {
+            widen();
+            clear();
+          }
+        }(), ...);
+      }(std::make_integer_sequence<int, 8>{});
+    }
+    if constexpr (kFit >= 32) widen();
+  }
+
   template <int BITS, int C>
   static MOE_INLINE void merge_raw(Int sum, Int& total) {
     constexpr bool used = [] {
@@ -154,6 +208,8 @@ struct Tile {
         tail += block / kTernaryUnit * kRows;
       } else if constexpr (V::kFullRange && M == 1 && (BITS <= 4 || BITS == 8)) {
         block_raw<BITS, P>(codes, block, prefetch, b * block, x, acc);
+      } else if constexpr (V::kPaired && M == 1 && BITS <= 5) {
+        block_paired<BITS, P>(codes, block, prefetch, b * block, x, acc);
       } else {
         for (int h = 0; h < H; ++h)
           block_unpacked<BITS, M, P>(codes + V::kBytes * h, block, prefetch, h, b * block, x, acc);
