@@ -1,0 +1,17 @@
+"""What calibration tokens tell about routed experts: who they reach, what an error there costs, how far a model drifted."""
+
+from .experts import ExpertWeights
+from .live import float32_weights, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
+from .samples import LayerSamples, capture
+
+__all__ = [
+    "ExpertWeights",
+    "LayerSamples",
+    "capture",
+    "float32_weights",
+    "inputs_of",
+    "log_probabilities",
+    "masked_routers",
+    "mean_kl",
+    "replaced_weights",
+]

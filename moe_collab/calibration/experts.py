@@ -1,0 +1,53 @@
+"""One layer's experts as plain float32 tensors, and what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from ..architectures import MoELayer
+
+__all__ = ["ExpertWeights"]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """gate_up [2I, H] (gate's rows, then up's) and down [H, I] of one expert, in float32."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, layer: MoELayer, index: int) -> ExpertWeights:
+        """Expert `index` of a linearized layer."""
+        expert = layer.expert(index)
+        gate, up, down = expert.gate_proj, expert.up_proj, expert.down_proj
+        biases = None if gate.bias is None else torch.cat([gate.bias, up.bias]).detach().float()
+        return cls(
+            torch.cat([gate.weight, up.weight]).detach().float(),
+            down.weight.detach().float(),
+            biases,
+            None if down.bias is None else down.bias.detach().float(),
+            expert._apply_gate,
+        )
+
+    def inner(self, hidden: torch.Tensor, gate_up: torch.Tensor | None = None) -> torch.Tensor:
+        """What down_proj sees [tokens, I] of `hidden` [tokens, H], perhaps with another gate_up."""
+        return self.activation(linear(hidden, self.gate_up if gate_up is None else gate_up, self.gate_up_bias))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The expert's output [tokens, H], not yet weighted by the router."""
+        return linear(self.inner(hidden), self.down, self.down_bias)
+
+    def gate_up_gradient(self, hidden: torch.Tensor, output_gradient: torch.Tensor) -> torch.Tensor:
+        """d loss / d (gate_up output) [tokens, 2I], given d loss / d (expert's output) [tokens, H]."""
+        pre = linear(hidden, self.gate_up, self.gate_up_bias).requires_grad_()
+        with torch.enable_grad():
+            inner = self.activation(pre)
+        return torch.autograd.grad(inner, pre, output_gradient @ self.down)[0]

@@ -1,0 +1,110 @@
+"""A live model under trial: in float32, with other weights, with experts out of the router's reach, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import MASKED_BIAS, MoELayer, MoEModel
+
+__all__ = ["float32_weights", "inputs_of", "log_probabilities", "masked_routers", "mean_kl", "replaced_weights"]
+
+
+@contextmanager
+def float32_weights(model: nn.Module) -> Iterator[None]:
+    """Compute in float32 within the block, whatever the weights' type; afterwards they are as they were.
+
+    CPUs without bfloat16 units are several times faster so, and small differences in KL are not rounded away.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    narrow = {id(t): (t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)}
+    try:
+        for tensor, data in narrow.values():
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in narrow.values():
+            tensor.data = data
+
+
+@contextmanager
+def replaced_weights(weights: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Give parameters other values of the same shape within the block."""
+    before = {parameter: parameter.data for parameter in weights}
+    try:
+        for parameter, value in weights.items():
+            parameter.data = value.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+
+
+@contextmanager
+def masked_routers(moe: MoEModel, kept: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the routers of the named layers choose only experts that `kept` [num_experts, bool] marks."""
+    with ExitStack() as stack:
+        for layer in moe.layers:
+            if layer.name in kept and not bool(kept[layer.name].all()):
+                router = masked_router(layer, kept[layer.name])
+                stack.callback(setattr, layer.router, "forward", layer.router.forward)
+                layer.router.forward = router  # type: ignore[method-assign]
+        yield
+
+
+def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
+    """The router's forward, `hidden -> (logits, weights, indices)`, as it is once only `kept` experts are there.
+
+    With a selection bias the others get one nobody chooses; else their rows are cut out of a copy.
+    """
+    router = copy.deepcopy(layer.router)
+    bias = getattr(router, "e_score_correction_bias", None)
+    if isinstance(bias, torch.Tensor):
+        bias.data = torch.where(kept, bias.data, torch.full_like(bias.data, MASKED_BIAS))
+        return type(router).forward.__get__(router)
+    ids = kept.nonzero().flatten()
+    router.weight = nn.Parameter(router.weight.data[ids], requires_grad=False)
+    if isinstance(getattr(router, "bias", None), torch.Tensor):
+        router.bias = nn.Parameter(router.bias.data[ids], requires_grad=False)
+    for name in ("num_experts", "n_experts", "out_features"):
+        if isinstance(router.__dict__.get(name), int):
+            setattr(router, name, len(ids))
+
+    def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, weights, indices = type(router).forward(router, hidden_states)
+        return logits, weights, ids.to(indices.device)[indices]
+
+    return forward
+
+
+def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """What a causal language model needs of one batch of oneshot()'s data."""
+    names = ("input_ids", "attention_mask")
+    return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
+
+
+def log_probabilities(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Next-token log-probabilities of every position but the last, float32 [rows, length - 1, vocabulary].
+
+    During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here.
+    """
+    hidden = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    return nn.functional.linear(hidden, head.weight, head.bias).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def mean_kl(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], base: Iterable[torch.Tensor]) -> float:
+    """KL(base || model) in nats per token, `base` being the log-probabilities of each batch."""
+    total, count = 0.0, 0
+    for batch, reference in zip(batches, base, strict=True):
+        found = log_probabilities(model, batch)
+        mask = batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
+        divergence = (reference.float().exp() * (reference.float() - found)).sum(-1)[mask]
+        total, count = total + float(divergence.sum()), count + divergence.numel()
+    return total / max(count, 1)

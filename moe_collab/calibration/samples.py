@@ -1,0 +1,127 @@
+"""One forward and backward pass over calibration tokens: what each MoE layer saw, and what errors there cost.
+
+The loss is the likelihood of tokens drawn from the model's own predictions, so that the expected squared gradient is
+the Fisher information, and KL(model || model with error d at the layer's output) = E[(g . d)^2] / 2 to second order
+(Martens, "New insights and perspectives on the natural gradient method", section 9).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..architectures import MoELayer
+from ..errors import MoeCollabError
+from .live import log_probabilities
+
+__all__ = ["LayerSamples", "capture"]
+
+
+@dataclass(frozen=True)
+class LayerSamples:
+    """What the experts of one layer saw of the calibration tokens."""
+
+    hidden: torch.Tensor
+    """Input of the experts, float32 [tokens, H]."""
+    indices: torch.Tensor
+    """Experts chosen by the router, [tokens, top_k]."""
+    weights: torch.Tensor
+    """The router's weights, float32 [tokens, top_k]."""
+    gradient: torch.Tensor
+    """d loss / d (output of the routed experts), float32 [tokens, H]."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens."""
+        return len(self.hidden)
+
+    def routed(self, expert: int, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token ids, router weights) of the tokens sent to `expert`, evenly thinned to at most `limit`."""
+        tokens, slots = torch.where(self.indices == expert)
+        if limit is not None and len(tokens) > limit:
+            chosen = torch.linspace(0, len(tokens) - 1, limit).long()
+            tokens, slots = tokens[chosen], slots[chosen]
+        return tokens, self.weights[tokens, slots]
+
+    def counts(self, num_experts: int) -> torch.Tensor:
+        """Tokens routed to each expert, [num_experts]."""
+        return torch.bincount(self.indices.flatten(), minlength=num_experts)
+
+
+def capture(
+    model: Any, layers: Sequence[MoELayer], batches: Sequence[Mapping[str, torch.Tensor]], seed: int = 0
+) -> dict[str, LayerSamples]:
+    """Layer name -> its samples. Padding tokens are left out. The model's weights are not touched.
+
+    Raises `MoeCollabError` naming the layer whose inputs or gradients are NaN or infinite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        for batch in batches:
+            _capture_batch(model, layers, batch, generator, parts)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    samples = {name: LayerSamples(*map(torch.cat, zip(*seen, strict=True))) for name, seen in parts.items()}
+    for name, sample in samples.items():
+        _check_finite(name, sample)
+    return samples
+
+
+def _capture_batch(
+    model: Any,
+    layers: Sequence[MoELayer],
+    batch: Mapping[str, torch.Tensor],
+    generator: torch.Generator,
+    parts: dict[str, list[tuple[torch.Tensor, ...]]],
+) -> None:
+    seen: dict[str, tuple[torch.Tensor, ...]] = {}
+    handles = [layer.experts.register_forward_hook(partial(_see, seen, layer.name), with_kwargs=True) for layer in layers]
+    # The first layer's input has to require gradients for any layer's output to have them.
+    embedding = model.get_input_embeddings()
+    handles.append(embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_()))
+    try:
+        with torch.enable_grad():
+            logp = log_probabilities(model, batch)
+            drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
+            valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+            losses = -logp.flatten(0, 1).gather(1, drawn)[valid[:, 1:].flatten()]
+            losses.sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    chosen = valid.flatten()
+    for name, (hidden, indices, weights, output) in seen.items():
+        assert output.grad is not None
+        columns = (hidden.detach().float(), indices, weights.detach().float(), output.grad.float().reshape(-1, hidden.shape[-1]))
+        parts[name].append(tuple(column[chosen] for column in columns))
+
+
+def _see(seen: dict, name: str, _module: Any, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+    named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+    # A copy: what follows may add the shared experts in place.
+    result = output.clone()
+    result.retain_grad()
+    hidden = named["hidden_states"].reshape(-1, named["hidden_states"].shape[-1])
+    seen[name] = (hidden, named["top_k_index"], named["top_k_weights"], result)
+    return result
+
+
+def _check_finite(name: str, samples: LayerSamples) -> None:
+    for what, tensor in (("inputs", samples.hidden), ("router weights", samples.weights), ("gradients", samples.gradient)):
+        if not torch.isfinite(tensor).all():
+            raise MoeCollabError(
+                f"{name}: the experts' {what} on the calibration data are NaN or infinite. "
+                "Check the model and the data; nothing was changed."
+            )
+    if not samples.num_tokens:
+        raise MoeCollabError(f"{name}: calibration reached no token here. Give oneshot() a non-empty dataset.")

@@ -1,0 +1,206 @@
+"""One layer at hand: second moments for rounding, and what each rounding or loss of an expert does to the predictions.
+
+Costs are in nats of KL per token, to second order in the error (see `samples`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from ..architectures import MoELayer
+from ..formats import Scheme
+from ..rounding import Grid, Rounder
+from .experts import ExpertWeights
+from .live import masked_router
+from .samples import LayerSamples
+
+__all__ = ["HALVES", "ExpertGrids", "LayerStudy"]
+
+HALVES = ("gate_up", "down")
+"""What shares a scheme: an expert's gate_proj and up_proj, one fused matrix; its down_proj."""
+
+ROW_BLOCKS = 4
+"""Blocks of output rows that get a second moment each, their tokens weighted by the block's own gradients."""
+
+FEW_TOKENS = 32
+"""With fewer routed tokens an expert's down_proj is not refitted: it would be fitted to noise."""
+
+COST_TOKENS = 2048
+"""Routed tokens per expert that stand for all in a cost."""
+
+
+@dataclass
+class ExpertGrids:
+    """A rounded expert; None where it stays as it was."""
+
+    gate_up: Grid | None
+    down: Grid | None
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """The tokens routed to one expert, with the gradients of the loss by the outputs of both halves."""
+
+    hidden: torch.Tensor
+    inner: torch.Tensor
+    gate_up_gradient: torch.Tensor
+    down_gradient: torch.Tensor
+
+
+class LayerStudy:
+    """Experts of one layer and the calibration tokens sent to them."""
+
+    def __init__(self, layer: MoELayer, samples: LayerSamples) -> None:
+        self.layer, self.samples = layer, samples
+        self.experts = [ExpertWeights.of(layer, index) for index in range(layer.num_experts)]
+        self.counts = samples.counts(layer.num_experts)
+
+    def traffic(self, expert: int, limit: int | None = None) -> _Traffic:
+        """What `expert` saw, thinned to at most `limit` tokens."""
+        tokens, weights = self.samples.routed(expert, limit)
+        hidden = self.samples.hidden[tokens]
+        gradient = self.samples.gradient[tokens] * weights[:, None]
+        own = self.experts[expert]
+        return _Traffic(hidden, own.inner(hidden), own.gate_up_gradient(hidden, gradient), gradient)
+
+    def weights(self, half: str) -> torch.Tensor:
+        """The matrices of all experts, [experts, rows, columns]."""
+        return torch.stack([getattr(expert, half) for expert in self.experts])
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Half -> second moments of its inputs, [experts, row blocks, columns, columns], mean diagonal 1."""
+        gate_up, down = [], []
+        for index in range(len(self.experts)):
+            seen = self.traffic(index)
+            gate_up.append(weighted_moments(seen.hidden, seen.gate_up_gradient))
+            down.append(weighted_moments(seen.inner, seen.down_gradient))
+        return {"gate_up": torch.stack(gate_up), "down": torch.stack(down)}
+
+    def rounding_costs(self, half: str, grids: dict[Scheme, Grid]) -> torch.Tensor:
+        """KL per token of rounding each expert's `half`, [experts, len(grids)]: E[(g . (W_b - W) x)^2] / 2."""
+        errors = [grid.values() - self.weights(half) for grid in grids.values()]
+        costs = torch.zeros(len(self.experts), len(grids), dtype=torch.float64)
+        for index in range(len(self.experts)):
+            if not self.counts[index]:
+                # No token was routed here: a tiny cost still prefers the codes that round the weights best.
+                costs[index] = torch.tensor([1e-12 * float(error[index].square().mean()) for error in errors])
+                continue
+            seen = self.traffic(index, COST_TOKENS)
+            inputs, gradient = (
+                (seen.hidden, seen.gate_up_gradient) if half == "gate_up" else (seen.inner, seen.down_gradient)
+            )
+            for column, error in enumerate(errors):
+                change = (linear(inputs, error[index]) * gradient).sum(-1)
+                costs[index, column] = change.double().square().mean()
+            costs[index] *= float(self.counts[index]) / self.samples.num_tokens / 2
+        return costs
+
+    @torch.no_grad()
+    def drop_costs(self, dropped: Sequence[int] = ()) -> torch.Tensor:
+        """KL per token of losing each expert, [experts], the router choosing among the rest.
+
+        For an expert of `dropped` it is what bringing it back would save; for another, what losing it besides them
+        would add: such costs do not add up, so they are estimated anew after each round of dropping.
+        """
+        count = len(self.experts)
+        gone = set(dropped)
+        kept = torch.tensor([index not in gone for index in range(count)])
+        now = self._masked_losses(kept, torch.arange(self.samples.num_tokens)) if gone else None
+        costs = torch.zeros(count, dtype=torch.float64)
+        for index in range(count):
+            other = kept.clone()
+            other[index] = not kept[index]
+            tokens = self._affected(index, kept)
+            if not len(tokens) or not bool(other.any()):
+                continue
+            before = now[tokens] if now is not None else torch.zeros(len(tokens), dtype=torch.float64)
+            difference = float((self._masked_losses(other, tokens) - before).sum()) / self.samples.num_tokens
+            costs[index] = difference if kept[index] else -difference
+        return costs.clamp_min(0)
+
+    def _affected(self, index: int, kept: torch.Tensor) -> torch.Tensor:
+        """Tokens whose routing may change when `index` goes, or comes back: those that chose it among all experts."""
+        return torch.where((self.samples.indices == index).any(-1))[0]
+
+    def _masked_losses(self, kept: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(g . change)^2 / 2 of each token when only `kept` experts can be chosen, float64 [len(tokens)]."""
+        hidden = self.samples.hidden[tokens]
+        _, weights, indices = masked_router(self.layer, kept)(hidden)
+        change = self._output(hidden, indices, weights.float())
+        change -= self._output(hidden, self.samples.indices[tokens], self.samples.weights[tokens])
+        return (change * self.samples.gradient[tokens]).sum(-1).double().square() / 2
+
+    def _output(self, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros_like(hidden)
+        for index in indices.unique().tolist():
+            tokens, slots = torch.where(indices == index)
+            output.index_add_(0, tokens, self.experts[index](hidden[tokens]) * weights[tokens, slots, None])
+        return output
+
+    @torch.no_grad()
+    def refit_down(self, index: int, gate_up: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down_proj, its second moments) that make up best for the expert's rounded gate and up.
+
+        Least squares from what down_proj will see to what it should have put out, weighted like the moments; drawn to
+        the original by 3 % of the mean diagonal.
+        """
+        own, seen = self.experts[index], self.traffic(index)
+        inner = own.inner(seen.hidden, gate_up.values()[0])
+        weighing = seen.down_gradient.square().sum(-1, keepdim=True)
+        matrix = (inner * weighing).T @ inner
+        matrix += torch.diag(0.03 * matrix.diagonal().mean().clamp_min(1e-20).expand(len(matrix)))
+        target = inner.T @ ((seen.inner - inner) * weighing)
+        return own.down + own.down @ torch.linalg.solve(matrix, target).T, weighted_moments(inner, seen.down_gradient)
+
+    def round_all(
+        self, rounder: Rounder, moments: dict[str, torch.Tensor], schemes: Mapping[int, tuple[Scheme, Scheme]], feedback: bool = True
+    ) -> dict[int, ExpertGrids]:
+        """Expert -> its grids, for (gate_up, down) schemes per expert; an expert that is gone has none.
+
+        Experts of one scheme are rounded together. With `feedback` down_proj makes up for its expert's gate and up.
+        """
+        found = {index: ExpertGrids(None, None) for index, pair in schemes.items() if pair[0].num_bits != 0}
+        gate_up = self.weights("gate_up")
+        for scheme, members in _alike(schemes, 0).items():
+            grid = rounder(gate_up[members], moments["gate_up"][members], scheme)
+            for position, index in enumerate(members):
+                found[index].gate_up = grid.select(position)
+        down, down_moments = self.weights("down"), moments["down"]
+        if feedback:
+            down, down_moments = down.clone(), down_moments.clone()
+            for index, grids in found.items():
+                if grids.gate_up is not None and schemes[index][1].is_packed and self.counts[index] >= FEW_TOKENS:
+                    down[index], down_moments[index] = self.refit_down(index, grids.gate_up)
+        for scheme, members in _alike(schemes, 1).items():
+            grid = rounder(down[members], down_moments[members], scheme)
+            for position, index in enumerate(members):
+                found[index].down = grid.select(position)
+        return found
+
+
+def _alike(schemes: Mapping[int, tuple[Scheme, Scheme]], half: int) -> dict[Scheme, list[int]]:
+    members: dict[Scheme, list[int]] = {}
+    for index, pair in schemes.items():
+        if pair[half].is_packed:
+            members.setdefault(pair[half], []).append(index)
+    return members
+
+
+def weighted_moments(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Second moments of `inputs` [tokens, columns], a token weighted by its squared gradient in each block of rows.
+
+    [row blocks, columns, columns], scaled to a mean diagonal of 1, with a trace of the identity: experts that hardly
+    any token reaches are rounded to nearest rather than to zero.
+    """
+    columns, rows = inputs.shape[1], gradients.shape[1]
+    blocks = ROW_BLOCKS if rows % ROW_BLOCKS == 0 else 1
+    found = []
+    for part in gradients.chunk(blocks, -1):
+        moment = (inputs * part.square().sum(-1, keepdim=True)).T @ inputs
+        scale = moment.diagonal().mean()
+        found.append(moment / scale if scale > 0 else torch.eye(columns))
+    return torch.stack(found) + 1e-6 * torch.eye(columns)

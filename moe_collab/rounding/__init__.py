@@ -1,0 +1,6 @@
+"""Rounding weights to integer codes so that the model's predictions change least; plain tensors, no framework."""
+
+from .grid import Grid
+from .rounder import Rounder
+
+__all__ = ["Grid", "Rounder"]

@@ -1,0 +1,55 @@
+"""From weights, second moments and a scheme to codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import Scheme
+from .feedback import damped, descend, feed_back, refit
+from .grid import Grid, nearest
+from .scales import search
+
+__all__ = ["Rounder"]
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """Error feedback, then coordinate descent in turn with refitted scales (what each brings: the benchmark's ablation).
+
+    `descent` False is plain GPTQ on searched scales; `feedback` False rounds to nearest. `scale_dtype` is what the
+    checkpoint keeps scales in; the last codes are chosen for scales already rounded to it.
+    """
+
+    feedback: bool = True
+    descent: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    def __call__(self, weights: torch.Tensor, hessians: torch.Tensor, scheme: Scheme) -> Grid:
+        """Round `weights` [batch, rows, columns]; `hessians` [batch, row blocks, columns, columns].
+
+        A weight's rows fall into equal blocks, each with a second moment of its own.
+        """
+        batch, blocks = hessians.shape[:2]
+        moments = hessians.flatten(0, 1)
+        rows = weights.float().reshape(batch * blocks, -1, weights.shape[2])
+        grid = search(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
+        self._narrow(grid)
+        if self.feedback:
+            feed_back(rows, damped(moments, 0.01), grid)
+        else:
+            grid.codes = nearest(rows, grid.wide(grid.scales), grid.wide(grid.zeros), scheme)
+        if self.feedback and self.descent and scheme.num_bits < 8:
+            self._descend(rows, damped(moments, 0.003), grid)
+        return grid.reshaped(batch)
+
+    def _descend(self, rows: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
+        refit(rows, moments, grid)
+        descend(rows, moments, grid, passes=2)
+        refit(rows, moments, grid)
+        self._narrow(grid)
+        descend(rows, moments, grid, passes=1)
+
+    def _narrow(self, grid: Grid) -> None:
+        grid.scales = grid.scales.to(self.scale_dtype).float()

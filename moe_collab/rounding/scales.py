@@ -1,0 +1,76 @@
+"""Search of scales and zero points: the grid whose nearest codes lose least, weighted by what each column matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..formats import TERNARY, Scheme
+from .grid import Grid, nearest
+
+__all__ = ["search"]
+
+_TINY = 1e-9
+
+
+def search(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
+    """Round `weights` [batch, rows, columns] to nearest on the best grid found.
+
+    `importance` [batch, columns] weighs squared errors: the diagonal of the Hessian.
+    """
+    batch, rows, columns = weights.shape
+    group = scheme.group_of(columns)
+    grouped = weights.reshape(batch, rows, -1, group)
+    weighing = importance.reshape(batch, 1, -1, group)
+    best = torch.full(grouped.shape[:3], torch.inf)
+    scales, zeros = torch.ones_like(best), torch.zeros_like(best)
+    for scale, zero in _candidates(grouped, scheme):
+        wide_scale, wide_zero = scale[..., None], zero[..., None]
+        codes = nearest(grouped, wide_scale, wide_zero, scheme)
+        loss = (((codes - wide_zero) * wide_scale - grouped).square() * weighing).sum(-1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    codes = nearest(grouped, scales[..., None], zeros[..., None], scheme).reshape(weights.shape)
+    return Grid(scheme, codes, scales, zeros)
+
+
+def _candidates(grouped: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(scale, zero point) to try, each [batch, rows, groups]."""
+    if scheme.symmetric:
+        yield from _symmetric(grouped, scheme)
+    elif scheme.num_bits == 2:
+        # Four levels: every place of zero among them, and scales from the whole range down to a third.
+        span = _span(grouped)
+        for zero in (-2.0, -1.0, 0.0, 1.0):
+            for step in range(13):
+                yield span * (1.06 - 0.06 * step) / 3, torch.full_like(span, zero)
+    else:
+        yield from _clipped(grouped, scheme)
+
+
+def _symmetric(grouped: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    largest = grouped.abs().amax(-1).clamp_min(_TINY)
+    base = largest if scheme.num_bits == TERNARY else 2 * largest / (2**scheme.num_bits - 1)
+    zero = torch.zeros_like(largest)
+    for step in range(24):
+        scale = base * (1 - 0.03 * step)
+        yield scale, zero
+        # The levels reach one further below zero than above; a negative scale turns that around.
+        if scheme.num_bits in (2, 3):
+            yield -scale, zero
+
+
+def _clipped(grouped: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    low, high = scheme.levels
+    lowest, highest = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    ends = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62) if scheme.num_bits == 3 else (1.0, 0.95, 0.9, 0.85, 0.8)
+    for bottom in ends:
+        for top in ends:
+            scale = ((highest * top - lowest * bottom) / (high - low)).clamp_min(_TINY)
+            yield scale, (low - lowest * bottom / scale).round().clamp(low, high)
+
+
+def _span(grouped: torch.Tensor) -> torch.Tensor:
+    return (grouped.amax(-1).clamp_min(0) - grouped.amin(-1).clamp_max(0)).clamp_min(_TINY)
