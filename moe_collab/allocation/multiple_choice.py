@@ -72,10 +72,13 @@ def check(sizes: Ints, costs: Floats) -> tuple[Ints, Floats]:
     if s.ndim != 2 or s.shape != c.shape or not np.issubdtype(s.dtype, np.number):
         raise MoeCollabError(f"knapsack: sizes {s.shape} and costs {c.shape} must both be [items, options].")
     padding = np.isposinf(c)
-    _refuse(np.isnan(c) | np.isneginf(c), "a cost that is NaN or -inf. Look for NaN in the calibration statistics")
+    _refuse(
+        np.asarray(np.isnan(c) | np.isneginf(c)),
+        "a cost that is NaN or -inf. Look for NaN in the calibration statistics",
+    )
     s = np.where(padding, 0, s)
-    _refuse(~np.isfinite(s) | (s < 0), "a size that is negative or not finite")
-    _refuse(padding.all(axis=1, keepdims=True), "no option (all its costs are inf)")
+    _refuse(np.asarray(~np.isfinite(s) | (s < 0)), "a size that is negative or not finite")
+    _refuse(np.asarray(padding.all(axis=1, keepdims=True)), "no option (all its costs are inf)")
     return s.astype(np.int64), c
 
 

@@ -65,6 +65,21 @@ class Steps:
         choice[self.item[:whole]] = self.option[:whole]
         return Relaxation(cost, price, choice)
 
+    def only(self, items: NDArray[np.bool_], sizes: Ints, costs: Floats) -> Steps:
+        """The steps of `items` [items] alone; `start` keeps its length. `sizes` and `costs` are those of the hulls."""
+        rows = np.flatnonzero(items)
+        mine = items[self.item]
+        return Steps(
+            self.start,
+            int(sizes[rows, self.start[rows]].sum()),
+            float(costs[rows, self.start[rows]].sum()),
+            self.item[mine],
+            self.option[mine],
+            self.size[mine],
+            self.saving[mine],
+            self.slope[mine],
+        )
+
 
 def lower_hulls(sizes: Ints, costs: Floats) -> Steps:
     """Lower convex hulls of all items [items, options] at once; padding has a cost of inf."""
