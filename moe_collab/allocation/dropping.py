@@ -21,9 +21,10 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 # Experts that no other choice of experts can improve by more than this share of the cost are left alone.
-_CLOSE = 1e-6
-# Neighbours of a choice of experts that are bounded, as items times neighbours: about a second.
+_CLOSE = 1e-5
+# Work on neighbours of a choice of experts: items times neighbours bounded, and a solved one counts as a hundred.
 _EFFORT = 400_000
+_SOLVED = 100
 _MARGINAL = 3
 
 
@@ -106,6 +107,7 @@ class _Chooser:
             for neighbour in self._neighbours(kept, peak, solution.cost - peak.bound):
                 effort -= 1
                 if self._bound(neighbour) < solution.cost:
+                    effort -= _SOLVED
                     kept, solution = self._better((kept, solution), neighbour, peak)
                 if solution is not before or effort <= 0:
                     break

@@ -1,4 +1,4 @@
-"""The optimum of a small multiple-choice knapsack: dynamic programming over undominated states with LP bounds.
+"""The optimum of a multiple-choice knapsack: dynamic programming over undominated states with LP bounds.
 
 Kellerer, Pferschy, Pisinger, *Knapsack Problems* (2004), chapter 11.5 (Dyer, Riha and Walker 1995; Pisinger 1995):
 items are added one at a time; of the partial allocations only those survive that no other beats in size and cost
@@ -19,8 +19,11 @@ __all__ = ["MAX_ITEMS", "Search"]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-MAX_ITEMS = 100
-_MAX_STATES = 300_000
+# Up to 100 items were always solved to a proof; up to 1000 the search is cut off after some seconds.
+MAX_ITEMS = 1000
+_PROVEN_ITEMS = 100
+_MAX_EXPANDED = 2_000_000
+_MAX_WORK = 50_000_000
 # Differences below this share of the cost are rounding, not improvements.
 _ROUNDING = 1e-12
 
@@ -54,8 +57,15 @@ class Search:
         self._rank = np.argsort(self._order)
         self._layers: list[tuple[Ints, Ints]] = []
         self._dropped = np.inf
+        self._max_states = self._affordable_states()
         self._run()
         self.bound = min(self.cost, self._dropped)
+
+    def _affordable_states(self) -> int:
+        """States whose expansion by an item's options fits memory, and for many items also the time."""
+        items, options = self._sizes.shape
+        expanded = _MAX_EXPANDED if items <= _PROVEN_ITEMS else min(_MAX_EXPANDED, _MAX_WORK // items)
+        return expanded // options
 
     def _hardest_first(self) -> Ints:
         """Items by the size of their largest option: what is left for the end is fine-grained."""
@@ -94,10 +104,10 @@ class Search:
         alive = alive[np.lexsort((cost[alive], size[alive]))]
         lowest = np.minimum.accumulate(cost[alive])
         alive = alive[np.concatenate(([True], lowest[1:] < lowest[:-1]))[: len(alive)]]
-        if len(alive) > _MAX_STATES:
+        if len(alive) > self._max_states:
             order = np.argsort(bound[alive], kind="stable")
-            self._dropped = min(self._dropped, float(bound[alive[order[_MAX_STATES]]]))
-            alive = alive[np.sort(order[:_MAX_STATES])]
+            self._dropped = min(self._dropped, float(bound[alive[order[self._max_states]]]))
+            alive = alive[np.sort(order[: self._max_states])]
         return alive
 
     def _complete(self, done: int, size: Ints, cost: Floats) -> None:

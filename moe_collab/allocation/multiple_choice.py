@@ -41,7 +41,7 @@ class Solution:
 def solve_plain(sizes: Ints, costs: Floats, budget: int) -> Solution:
     """Least total cost of one option per item, [items, options] each, within `budget` bytes.
 
-    At most 100 items are solved to the optimum; more by the relaxation's whole steps and local improvement.
+    Up to 1000 items a search for the proven optimum follows the relaxation's whole steps and their local improvement.
     Raises `MoeCollabError` with the bytes needed when the smallest allocation is larger.
     """
     steps = lower_hulls(sizes, costs)
