@@ -97,23 +97,27 @@ class _Chooser:
     def best(self, alternative: int, peak: Peak) -> Solution:
         """The best allocation found for one alternative of the dual."""
         kept = self._dual.kept(peak.affordable, alternative)
-        solution = self._with(kept, peak.bound)
-        other = self._dual.kept(peak.too_cheap, alternative)
-        if self._bound(other) < solution.cost:
-            kept, solution = self._better((kept, solution), other, peak)
-        effort = _EFFORT // len(self._sizes)
-        while solution.gap > _CLOSE and effort > 0:
-            before = solution
-            for neighbour in self._neighbours(kept, peak, solution.cost - peak.bound):
+        known = kept, self._with(kept, peak.bound)
+        kept = self._dual.kept(peak.too_cheap, alternative)
+        if self._bound(kept) < known[1].cost:
+            known = self._better(known, kept, peak)
+        return self._climb(known, peak)
+
+    def _climb(self, known: tuple[Mask, Solution], peak: Peak) -> Solution:
+        """Take the first neighbour that is better, again and again, while the gap and the effort allow."""
+        effort, before = _EFFORT // len(self._sizes), None
+        while known is not before and known[1].gap > _CLOSE:
+            before = known
+            for neighbour in self._neighbours(known[0], peak, known[1].cost - peak.bound):
                 effort -= 1
-                if self._bound(neighbour) < solution.cost:
+                if self._bound(neighbour) < known[1].cost:
                     effort -= _SOLVED
-                    kept, solution = self._better((kept, solution), neighbour, peak)
-                if solution is not before or effort <= 0:
+                    known = self._better(known, neighbour, peak)
+                if effort <= 0:
+                    return known[1]
+                if known is not before:
                     break
-            if solution is before:
-                break
-        return solution
+        return known[1]
 
     def _better(self, known: tuple[Mask, Solution], kept: Mask, peak: Peak) -> tuple[Mask, Solution]:
         solution = self._with(kept, peak.bound)
