@@ -65,6 +65,7 @@ def write_quantization_config(
     quantization = config["quantization_config"]
     quantization["config_groups"] = config_groups(schemes)
     quantization["ignore"] = compact_targets(unquantized)
-    bits = {json.dumps(s["weights"], sort_keys=True) for s in schemes.values()}
-    quantization["format"] = "mixed-precision" if len(bits) > 1 else "pack-quantized"
+    formats = {scheme["format"] for scheme in schemes.values()}
+    alike = len({json.dumps([s["format"], s["weights"]], sort_keys=True) for s in schemes.values()}) <= 1
+    quantization["format"] = formats.pop() if alike and formats else "mixed-precision"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoeCollabError
-from ..formats import dequantize, unpack
+from ..formats import TERNARY_PACKED, dequantize, unpack, unpack_ternary
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
@@ -154,10 +154,11 @@ class Checkpoint:
         layout = group.get("format") or self.config["quantization_config"].get("format")
         weights = group["weights"]
         bits, kind = weights["num_bits"], weights.get("type", "int")
-        if layout != "pack-quantized" or kind != "int" or not 2 <= bits <= 8:
+        ternary = layout == TERNARY_PACKED and bits == 2 and bool(weights.get("symmetric", True))
+        if not (ternary or layout == "pack-quantized") or kind != "int" or not 2 <= bits <= 8:
             raise MoeCollabError(
                 f"{module}.weight_packed: format {layout} of {bits}-bit {kind} is not one we can read. "
-                "We read pack-quantized integers of 2 to 8 bits."
+                f"We read pack-quantized integers of 2 to 8 bits and {TERNARY_PACKED}."
             )
         scale = self.tensor(f"{module}.weight_scale")
         rows, columns = self.tensor(f"{module}.weight_shape").tolist()
@@ -169,7 +170,11 @@ class Checkpoint:
             check_scales(scale, rows, columns, weights)
             if zero_point is not None:
                 zero_point = unpack(zero_point, bits, (scale.shape[0], scale.shape[1]), packed_dim=0)
-            codes = unpack(self.tensor(f"{module}.weight_packed"), bits, (rows, columns))
+            packed = self.tensor(f"{module}.weight_packed")
+            if ternary:
+                codes = unpack_ternary(packed, (rows, columns), columns // scale.shape[1])
+            else:
+                codes = unpack(packed, bits, (rows, columns))
         except MoeCollabError as error:
             raise MoeCollabError(f"{module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))

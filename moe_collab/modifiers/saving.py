@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from compressed_tensors.quantization.lifecycle.forward import quantize
 from loguru import logger
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -20,10 +19,9 @@ from ..checkpoint.atomic import replace_directory
 from ..checkpoint.groups import write_quantization_config
 from ..checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
 from ..errors import MoeCollabError
-from ..formats import unpack
 from ..plan import CompressionPlan
 from .naming import checkpoint_names, use_checkpoint_names
-from .schemes import is_sound
+from .schemes import codes_of, is_sound
 from .surgery import sync_config
 
 __all__ = ["expect_plan", "install_save"]
@@ -72,7 +70,7 @@ def _snapshot(model: torch.nn.Module) -> tuple[dict[str, Fingerprint], dict[str,
         if scheme is None or scheme.weights is None:
             plain.append(names[name])
             continue
-        expected[names[name]] = _fingerprint(name, module, scheme)
+        expected[names[name]] = _fingerprint(name, module)
         schemes[names[name]] = _scheme(scheme)
     return expected, schemes, plain
 
@@ -92,20 +90,11 @@ def _scheme(scheme: QuantizationScheme) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fingerprint(name: str, module: torch.nn.Linear, scheme: QuantizationScheme) -> Fingerprint:
+def _fingerprint(name: str, module: torch.nn.Linear) -> Fingerprint:
     """What the quantizer produced: integer codes, scales, zero points."""
-    scale, zero_point = module.weight_scale, getattr(module, "weight_zero_point", None)
-    bits = scheme.weights.num_bits
-    if hasattr(module, "weight_packed"):  # saved before: the live module is compressed already
-        shape = tuple(module.weight_shape.tolist())
-        codes = unpack(module.weight_packed, bits, shape)
-        if zero_point is not None:
-            zero_point = unpack(zero_point, bits, tuple(scale.shape), packed_dim=0)
-        return fingerprint(codes, scale, zero_point)
-    codes = quantize(module.weight, scale, zero_point, scheme.weights, dtype=torch.int8)
-    if not is_sound(module):
+    if not hasattr(module, "weight_packed") and not is_sound(module):
         raise MoeCollabError(f"{name}.weight: not on the grid of its scales; was it quantized? Nothing was saved.")
-    return fingerprint(codes, scale, zero_point if not scheme.weights.symmetric else None)
+    return fingerprint(*codes_of(module))
 
 
 def _patch_counts(path: Path, counts: dict[str, int]) -> None:
