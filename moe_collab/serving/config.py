@@ -11,10 +11,11 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.platforms import current_platform
 
+from ..formats import TERNARY_PACKED
 from ..kernels.backends import backend
 from .experts import ExpertSchemes, MixedBitMoEMethod
 from .linear import SERVED, MixedBitLinearMethod
-from .weights import is_packed_integer
+from .weights import is_packed, stored_scheme
 
 __all__ = ["NAME", "MoeCollabConfig", "needs_this_package"]
 
@@ -40,18 +41,18 @@ class MoeCollabConfig(CompressedTensorsConfig):
         return NAME if user_quant == NAME or needs_this_package(hf_quant_cfg, _routes_in_groups(hf_config)) else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Our methods for routed experts and, on CPUs, for linear layers in packed integers; else the parent's.
+        """Our methods for routed experts, for ternary and, on CPUs, for linear layers in packed integers.
 
-        Stock vLLM has only a 4-bit linear kernel for CPUs, which is slower than ours but faster than the reference.
+        Else the parent's: stock vLLM has only a 4-bit linear kernel for CPUs, which is slower than ours but faster than
+        the reference.
         """
         if isinstance(layer, RoutedExperts):
             return MixedBitMoEMethod(layer.moe_config, self._expert_schemes(layer, prefix))
-        if type(layer) in SERVED and current_platform.is_cpu():
+        if type(layer) in SERVED:
             names = self._parts(prefix)
             schemes = [self._scheme(layer, name) for name in names]
-            bits = {s["weights"].num_bits if is_packed_integer(s) else s and 0 for s in schemes}
-            if bits - {None} and 0 not in bits and (bits != {4} or backend().is_fast):
-                return MixedBitLinearMethod(names, [s and s["weights"] for s in schemes])
+            if _serves_linear(schemes):
+                return MixedBitLinearMethod(names, [stored_scheme(n, s) for n, s in zip(names, schemes, strict=True)])
         return super().get_quant_method(layer, prefix)
 
     def _parts(self, prefix: str) -> list[str]:
@@ -71,9 +72,19 @@ class MoeCollabConfig(CompressedTensorsConfig):
         projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         table = []
         for expert in range(layer.moe_config.num_logical_experts):
-            found = [self.get_scheme_dict(layer, f"{prefix}.{expert}.{p}") for p in projections]
-            table.append(tuple(f["weights"] if f else None for f in found))
+            names = [f"{prefix}.{expert}.{p}" for p in projections]
+            table.append(tuple(stored_scheme(name, self.get_scheme_dict(layer, name)) for name in names))
         return ExpertSchemes(prefix, projections, table)
+
+
+def _serves_linear(parts: list[dict[str, Any] | None]) -> bool:
+    """Whether a linear layer with these parts (None = unquantized) is ours."""
+    bits = {part["weights"].num_bits if is_packed(part) else part and 0 for part in parts}
+    if not bits - {None} or 0 in bits:
+        return False
+    if any(part and part["format"] == TERNARY_PACKED for part in parts):
+        return True
+    return current_platform.is_cpu() and (bits != {4} or backend().is_fast)
 
 
 def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = False) -> bool:
@@ -81,13 +92,15 @@ def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = Fal
 
     It has none for experts that differ within a layer, and none for experts in packed integers other than 4 and 8
     bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
-    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone.
+    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone. It knows no ternary.
     """
+    if any(_format(group, quantization) == TERNARY_PACKED for group in quantization.get("config_groups", {}).values()):
+        return True
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
     others = set()
     for group in quantization.get("config_groups", {}).values():
         weights = group.get("weights") or {}
-        if (group.get("format") or quantization.get("format")) != "pack-quantized":
+        if _format(group, quantization) != "pack-quantized":
             weights = {}
         keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
         for layer in map(_expert_layer, group.get("targets", [])):
@@ -109,6 +122,10 @@ def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = Fal
         served = torch.cpu._is_amx_tile_supported() and strategies == {"group"} and not grouped_routing
         stock = {4} if served else set()
     return bool(bits) and (mixed or not bits <= stock)
+
+
+def _format(group: dict[str, Any], quantization: dict[str, Any]) -> str | None:
+    return group.get("format") or quantization.get("format")
 
 
 def _routes_in_groups(hf_config: Any) -> bool:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..errors import MoeCollabError
+from ..formats import Scheme
 from ..kernels.arena import Cut
 from ..kernels.backends import activation_bits, backend
 from .weights import KINDS, CheckpointArena, make_spec
@@ -30,11 +30,11 @@ _ACTIVATIONS = {"swigluoai_uninterleave": "swigluoai"}
 
 @dataclass(frozen=True)
 class ExpertSchemes:
-    """How the checkpoint stores each global expert's gate, up and down; None = unquantized."""
+    """How the checkpoint stores each global expert's gate, up and down."""
 
     prefix: str
     projections: tuple[str, str, str]
-    table: list[tuple[QuantizationArgs | None, ...]]
+    table: list[tuple[Scheme, ...]]
 
     def name(self, expert: int, projection: int) -> str:
         """Checkpoint name of a module."""

@@ -48,6 +48,15 @@ def test_linear_layers_without_a_stock_kernel_are_ours(amx):
     assert needs_this_package(config(([r"re:.*self_attn.*"], 4), (["lm_head"], 8)))
 
 
+def test_ternary_anywhere_is_ours(amx):
+    for targets in (EVERYWHERE, [r"re:.*self_attn.*"]):
+        quantization = config((targets, 2))
+        quantization["config_groups"]["group_0"]["format"] = "ternary-packed"
+        assert needs_this_package(quantization)
+        quantization["config_groups"]["group_0"]["format"] = None
+        assert needs_this_package(quantization | {"format": "ternary-packed"})
+
+
 def test_nothing_else_is_ours(amx):
     assert not needs_this_package(config(([r"re:.*self_attn.*"], 4)))
     assert not needs_this_package(config(([r"re:.*shared_experts.*"], 4), ignore=("lm_head",)))
