@@ -17,7 +17,6 @@ from ..formats import TERNARY_PACKED, dequantize, unpack, unpack_ternary
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
-_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(?P<tensor>\w+)$")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -90,21 +89,6 @@ class Checkpoint:
         if missing or not self._where:
             what = f"tensors {missing[:5]}, named in the index," if missing else "*.safetensors files"
             raise MoeCollabError(f"{self.path}: {what} are missing. Copy or make the checkpoint again.")
-
-    def check_experts(self) -> None:
-        """Raise `MoeCollabError` naming an expert that is absent between others, or lacks a projection of theirs."""
-        layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-        for name in self._where:
-            if (match := _EXPERT.match(name)) and match["tensor"] in ("weight", "weight_packed"):
-                layers[match["layer"]][match["projection"]].add(int(match["index"]))
-        for layer, by_projection in layers.items():
-            count = max(map(max, by_projection.values())) + 1
-            for projection, indices in by_projection.items():
-                if gone := sorted(set(range(count)) - indices):
-                    raise MoeCollabError(
-                        f"{self.path}: {layer}.{gone[0]}.{projection} is missing (of {count} experts, {len(gone)} "
-                        "lack it). Copy or make the checkpoint again."
-                    )
 
     def _compile(self) -> dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]]:
         """Targets by the layer prefix they can match, so that a module is tried on few of them."""

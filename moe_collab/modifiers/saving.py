@@ -14,12 +14,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..allocation.budget import format_bytes
-from ..architectures import describe
+from ..architectures import MoEModel, describe
 from ..checkpoint.atomic import replace_directory
 from ..checkpoint.groups import write_quantization_config
 from ..checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
 from ..errors import MoeCollabError
 from ..plan import CompressionPlan
+from ..pruning import check_mask
 from .naming import checkpoint_names, use_checkpoint_names
 from .schemes import codes_of, is_sound
 from .surgery import sync_config
@@ -39,7 +40,9 @@ def install_save(model: torch.nn.Module) -> None:
         expected, schemes, plain = _snapshot(model)
         digests = _plain_digests(model)
         with replace_directory(Path(save_directory)) as beside:
-            counts = sync_config(model, describe(model))
+            moe = describe(model)
+            _check_masks(moe)
+            counts = sync_config(model, moe)
             inner(str(beside), *args, **kwargs)
             _patch_counts(beside / "config.json", counts)
             if schemes and kwargs.get("save_compressed", True):
@@ -50,6 +53,12 @@ def install_save(model: torch.nn.Module) -> None:
     # llm-compressor wraps again whatever does not carry this mark.
     save_pretrained._overridden = save_pretrained._moe_collab = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
+
+
+def _check_masks(moe: MoEModel) -> None:
+    for layer in moe.layers:
+        if dropped := set(range(layer.num_experts)) - set(layer.live_experts):
+            check_mask(moe, layer.name, dropped)
 
 
 _PLAN = "_moe_collab_plan"

@@ -11,8 +11,9 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..architectures import is_masked
 from ..errors import MoeCollabError
-from ..formats import Scheme
+from ..formats import PRUNED, Scheme
 from ..kernels.arena import Cut
 from ..kernels.backends import activation_bits, backend
 from .weights import KINDS, CheckpointArena, make_spec
@@ -109,6 +110,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a checkpoint that lacks a tensor this rank needs; drop the placeholders."""
+        self._check_absent(layer.e_score_correction_bias)
         self._arena.finish(layer, self.schemes.prefix)
         backend().tune(self._arena)
         layer.arena_table = layer.arena_table.view(-1, 3, layer.arena_table.shape[1])
@@ -117,6 +119,15 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         for name in _PLACEHOLDERS:
             delattr(layer, name)
         logger.info_once("moe_collab serves experts of %s bits with backend: %s", str(bits), backend().name)
+
+    def _check_absent(self, bias: torch.Tensor | None) -> None:
+        """Refuse an absent expert that the router, now that its selection bias [experts] is loaded, can select."""
+        for expert, schemes in enumerate(self.schemes.table):
+            if PRUNED in schemes and (bias is None or not is_masked(bias[expert])):
+                raise MoeCollabError(
+                    f"{self.schemes.prefix}.{expert}: config.json names no scheme for it, as if it were pruned, but "
+                    "its router can select it. Copy or make the checkpoint again."
+                )
 
     def apply(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import MoeCollabError
-from ..formats import DENSE, TERNARY, TERNARY_PACKED, Scheme, pack_ternary, unpack, unpack_ternary
+from ..formats import DENSE, PRUNED, TERNARY, TERNARY_PACKED, Scheme, pack_ternary, unpack, unpack_ternary
 from ..kernels.arena import Arena, Cut
 from ..kernels.backends import backend
 from ..kernels.descriptors import TensorSpec
@@ -71,7 +71,7 @@ class CheckpointArena(Arena):
     def place(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut) -> None:
         """Write this rank's `cut` of one checkpoint tensor. Raises `MoeCollabError` naming the tensor."""
         name, scheme = f"{self.names[index]}.{kind}", self.schemes[index]
-        if (kind == "weight") != (scheme == DENSE) or kind == "weight_g_idx":
+        if (kind == "weight") != (scheme == DENSE) or scheme == PRUNED or kind == "weight_g_idx":
             raise MoeCollabError(f"{name}: contradicts config.json, which stores this module as {scheme}.")
         try:
             if kind == "weight":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from integration.tiny_models import build_tiny
-from moe_collab.architectures import FAMILIES
+from moe_collab.architectures import FAMILIES, MASKED_BIAS
 from moe_collab.checkpoint.groups import write_quantization_config
 from moe_collab.checkpoint.load import write_dense_twin
 from moe_collab.formats import TERNARY, pack, pack_ternary
@@ -33,9 +35,14 @@ LINEAR = {
 """Of the second layer, and of lm_head: q, k and v are one fused weight in vLLM."""
 
 
-def build_mixed(family: str, path: Path) -> tuple[Path, Path]:
-    """(checkpoint, float32 twin) of a tiny model: experts of 2, 3, 4, 5, 6, 8 and 16 bits, and `LINEAR`."""
-    build_tiny(family, path)
+def build_mixed(
+    family: str, path: Path, masked: Mapping[int, tuple[int, ...]] = MappingProxyType({}), **overrides: int
+) -> tuple[Path, Path]:
+    """(checkpoint, float32 twin) of a tiny model: experts of ternary, 2, 3, 4, 5, 6, 8 and 16 bits, and `LINEAR`.
+
+    `masked`: layer -> experts that its router's selection bias rules out and that are not stored.
+    """
+    build_tiny(family, path, **overrides)
     projections = next(f.checkpoint_projections for f in FAMILIES if family in f.model_types)
     tensors, schemes, plain = {}, {}, []
     for name, weight in load_file(path / "model.safetensors").items():
@@ -43,6 +50,11 @@ def build_mixed(family: str, path: Path) -> tuple[Path, Path]:
         match = re.search(r"\.experts\.(\d+)\.(\w+)$", module)
         linear = None if ".layers.0." in name else LINEAR.get(module.rpartition(".")[2])
         layer = int(".layers.1." in name)
+        dropped = masked.get(int(layer_of[1]), ()) if (layer_of := re.search(r"\.layers\.(\d+)\.", name)) else ()
+        if match and int(match[1]) in dropped:
+            continue
+        if dropped and name.endswith("e_score_correction_bias"):
+            weight[list(dropped)] = MASKED_BIAS
         scheme = _scheme(layer, int(match[1]), projections.index(match[2])) if match else linear
         if scheme is None:
             tensors[name] = weight

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe_collab.serving.config import MoeCollabConfig, current_platform, needs_this_package
+from moe_collab.serving.config import MoeCollabConfig
+from moe_collab.serving.needs import current_platform, needs_this_package
 
 
 def config(*groups: tuple[list[str], int], ignore: tuple[str, ...] = (), strategy: str = "group") -> dict:
@@ -55,6 +56,19 @@ def test_ternary_anywhere_is_ours(amx):
         assert needs_this_package(quantization)
         quantization["config_groups"]["group_0"]["format"] = None
         assert needs_this_package(quantization | {"format": "ternary-packed"})
+
+
+def test_absent_experts_are_ours(amx):
+    layers = [rf"re:^model\.layers\.{i}\.mlp\.experts\.(0|1|2|3)\.(down_proj|gate_proj|up_proj)$" for i in (0, 1)]
+    kept = [layers[0], layers[1].replace("1|2", "2")]
+    assert needs_this_package(config((layers, 4)), num_experts=4) != amx
+    assert needs_this_package(config((kept, 4)), num_experts=4)
+    assert needs_this_package(config((kept, 4)))
+    assert needs_this_package(config((layers, 4)), num_experts=5)
+    assert needs_this_package(config((kept[1:], 4), ignore=("model.layers.1.mlp.experts.1.up_proj",)), num_experts=5)
+    attention = [r"re:.*self_attn.*"]
+    assert not needs_this_package(config((attention, 4), ignore=tuple(layers)), num_experts=4)
+    assert needs_this_package(config((attention, 4), ignore=tuple(kept)), num_experts=4)
 
 
 def test_nothing_else_is_ours(amx):
