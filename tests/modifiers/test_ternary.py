@@ -9,6 +9,7 @@ from compressed_tensors.utils import update_offload_parameter
 import moe_collab
 from moe_collab import MoeCollabError
 from moe_collab.architectures import describe
+from moe_collab.checkpoint.groups import NOTE_KEY, PLUGIN_NOTE
 from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.checkpoint.sizes import checkpoint_bytes, quantized_entries
 from moe_collab.formats import TERNARY, Scheme, dequantize
@@ -74,7 +75,8 @@ def test_saved_as_described(saved):
     assert checkpoint.tensor(f"{name}.weight_packed").dtype == torch.uint8
     assert checkpoint.tensor(f"{name}.weight_packed").shape == (128, 26)
     assert set(checkpoint.quantized(name).codes.unique().tolist()) == {-1, 0, 1}
-    assert json.loads((path / "config.json").read_text())["quantization_config"]["format"] == "mixed-precision"
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert (config["format"], config[NOTE_KEY]) == ("mixed-precision", PLUGIN_NOTE)
     assert checkpoint.scheme(name.replace("experts.0", "experts.3"))["format"] == "pack-quantized"
 
 
