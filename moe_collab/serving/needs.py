@@ -24,14 +24,15 @@ def needs_this_package(
     bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
     (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone. It knows no ternary.
     """
-    groups = quantization.get("config_groups", {}).values()
+    groups = list(quantization.get("config_groups", {}).values())
+    targets = [target for group in groups for target in group.get("targets", [])]
     if any(_format(group, quantization) == TERNARY_PACKED for group in groups):
         return True
-    if _lacks_experts([t for group in groups for t in group["targets"]] + quantization.get("ignore", []), num_experts):
+    if _lacks_experts(targets + quantization.get("ignore", []), num_experts):
         return True
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
     others = set()
-    for group in quantization.get("config_groups", {}).values():
+    for group in groups:
         weights = group.get("weights") or {}
         if _format(group, quantization) != "pack-quantized":
             weights = {}

@@ -38,7 +38,10 @@ def stored_scheme(name: str, described: dict[str, Any] | None) -> Scheme:
         return DENSE
     weights = described["weights"]
     if not is_packed(described):
-        raise MoeCollabError(f"{name}: {described.get('format')} of {weights} is not served beside packed integers.")
+        raise MoeCollabError(
+            f"{name}: {described.get('format')} of {weights.num_bits}-bit {weights.type} is not served beside packed "
+            "weights. Pack it too (pack-quantized or ternary-packed, weights only), or leave it unquantized."
+        )
     if weights.actorder == "group":
         raise MoeCollabError(f"{name}: actorder `group` (weight_g_idx) is not served. Quantize with `static`.")
     bits = TERNARY if described["format"] == TERNARY_PACKED else weights.num_bits
