@@ -25,9 +25,9 @@ FIXTURE = Path(__file__).parent / "fixture" / "qwen3_moe"
 """The trained model; its token sets lie beside it."""
 
 
-def tokens(split: str) -> torch.Tensor:
+def tokens(split: str, model: Path = FIXTURE) -> torch.Tensor:
     """Sequences [rows, 128] of the `calibration`, `selection` or `test` set, going round the domains."""
-    return load_file(FIXTURE.parent / "tokens.safetensors")[split].long()
+    return load_file(model.with_name(f"{model.name}_tokens.safetensors"))[split].long()
 
 
 def calibration(rows: int | None = None, batch_size: int = 8) -> DataLoader:

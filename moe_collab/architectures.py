@@ -14,12 +14,32 @@ from .errors import MoeCollabError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import nn
 
-__all__ = ["FAMILIES", "PROJECTIONS", "Family", "MoELayer", "MoEModel", "describe", "family_of", "text_config"]
+__all__ = [
+    "FAMILIES",
+    "MASKED_BIAS",
+    "PROJECTIONS",
+    "Family",
+    "MoELayer",
+    "MoEModel",
+    "describe",
+    "family_of",
+    "is_masked",
+    "text_config",
+]
+
+MASKED_BIAS = -1e4
+"""Selection bias of an expert that is gone: no score makes up for it, and it is finite in float16."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """Names of an expert's three matrices once llm-compressor has linearized it."""
+
+
+def is_masked(bias: torch.Tensor) -> torch.Tensor:
+    """Which experts a selection bias [experts] rules out; the threshold leaves room for rounding to bfloat16."""
+    return bias <= MASKED_BIAS / 2
 
 
 @dataclass(frozen=True)
@@ -69,12 +89,23 @@ class MoELayer:
         return int(self.router.top_k)  # type: ignore[arg-type]
 
     def expert(self, index: int) -> nn.Module:
-        """Expert `index`, a module with `gate_proj`, `up_proj` and `down_proj`."""
+        """Expert `index`, a module with `gate_proj`, `up_proj` and `down_proj` unless it is masked."""
         return self.experts[index]  # type: ignore[index]
 
+    @property
+    def live_experts(self) -> list[int]:
+        """Indices of the experts that have weights: all but the masked ones."""
+        return [index for index in range(self.num_experts) if hasattr(self.expert(index), PROJECTIONS[0])]
+
+    @property
+    def bias_holder(self) -> nn.Module | None:
+        """The module with the selection bias `e_score_correction_bias` [experts], if the router has one."""
+        holders = (self.router, self.block)
+        return next((m for m in holders if getattr(m, "e_score_correction_bias", None) is not None), None)
+
     def projections(self) -> Iterable[tuple[str, int, str, nn.Linear]]:
-        """(qualified name, expert index, projection, module) of every expert matrix in this layer."""
-        for index in range(self.num_experts):
+        """(qualified name, expert index, projection, module) of every expert matrix in this layer; masked have none."""
+        for index in self.live_experts:
             for projection in PROJECTIONS:
                 name = f"{self.experts_name}.{index}.{projection}"
                 yield name, index, projection, getattr(self.expert(index), projection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -10,7 +11,7 @@ from .architectures import MoEModel
 from .errors import MoeCollabError
 from .statistics import RouterStatistics
 
-__all__ = ["importance", "kept_experts", "scaled_top_k", "target_num_experts"]
+__all__ = ["check_mask", "importance", "kept_experts", "scaled_top_k", "target_num_experts"]
 
 
 def importance(statistics: RouterStatistics, alpha: float) -> torch.Tensor:
@@ -59,3 +60,29 @@ def kept_experts(scores: torch.Tensor, num_kept: int, n_group: int = 1) -> list[
 def scaled_top_k(top_k: int, num_experts: int, num_kept: int) -> int:
     """Activated experts in proportion to the experts kept, rounded half up, at least 1."""
     return max(1, (2 * top_k * num_kept + num_experts) // (2 * num_experts))
+
+
+def check_mask(moe: MoEModel, layer: str, dropped: Collection[int]) -> None:
+    """Raise `MoeCollabError` unless the router of `layer` never selects one of `dropped` once they are masked.
+
+    A router with groups first takes the `topk_group` groups with the largest sum of two scores, then `top_k` experts of
+    those: so a group must keep no expert or two, enough groups must live, and the smallest of them must have enough.
+    """
+    size = moe.num_experts // moe.n_group
+    alive = [size - sum(index // size == group for index in set(dropped)) for group in range(moe.n_group)]
+    if moe.topk_group == moe.n_group:
+        alive = [sum(alive)]
+    live = sorted(count for count in alive if count)
+    chosen = min(moe.topk_group, len(alive))
+    if len(alive) > 1 and 1 in live:
+        raise MoeCollabError(
+            f"{layer}: routing group {alive.index(1)} would keep 1 expert; groups keep none, or 2 or more."
+        )
+    if len(live) < chosen:
+        raise MoeCollabError(
+            f"{layer}: {len(live)} routing groups would keep experts; {chosen} are chosen for a token."
+        )
+    if sum(live[:chosen]) < moe.top_k:
+        raise MoeCollabError(
+            f"{layer}: a token could reach {sum(live[:chosen])} experts, but {moe.top_k} are activated. Mask fewer."
+        )

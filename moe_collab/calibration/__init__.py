@@ -1,4 +1,4 @@
-"""What calibration tokens tell about routed experts: who they reach, what an error there costs, how far a model drifted."""
+"""What calibration tokens tell about routed experts: whom they reach, and what an error there costs."""
 
 from .experts import ExpertWeights
 from .live import float32_weights, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights

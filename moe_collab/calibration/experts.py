@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -26,7 +27,7 @@ class ExpertWeights:
     @classmethod
     def of(cls, layer: MoELayer, index: int) -> ExpertWeights:
         """Expert `index` of a linearized layer."""
-        expert = layer.expert(index)
+        expert: Any = layer.expert(index)
         gate, up, down = expert.gate_proj, expert.up_proj, expert.down_proj
         biases = None if gate.bias is None else torch.cat([gate.bias, up.bias]).detach().float()
         return cls(

@@ -62,7 +62,7 @@ def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
 
     With a selection bias the others get one nobody chooses; else their rows are cut out of a copy.
     """
-    router = copy.deepcopy(layer.router)
+    router: Any = copy.deepcopy(layer.router)
     bias = getattr(router, "e_score_correction_bias", None)
     if isinstance(bias, torch.Tensor):
         bias.data = torch.where(kept, bias.data, torch.full_like(bias.data, MASKED_BIAS))

@@ -85,7 +85,9 @@ def _capture_batch(
     parts: dict[str, list[tuple[torch.Tensor, ...]]],
 ) -> None:
     seen: dict[str, tuple[torch.Tensor, ...]] = {}
-    handles = [layer.experts.register_forward_hook(partial(_see, seen, layer.name), with_kwargs=True) for layer in layers]
+    handles = [
+        layer.experts.register_forward_hook(partial(_see, seen, layer.name), with_kwargs=True) for layer in layers
+    ]
     # The first layer's input has to require gradients for any layer's output to have them.
     embedding = model.get_input_embeddings()
     handles.append(embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_()))
@@ -93,7 +95,11 @@ def _capture_batch(
         with torch.enable_grad():
             logp = log_probabilities(model, batch)
             drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
-            valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+            valid = (
+                batch["attention_mask"].bool()
+                if "attention_mask" in batch
+                else torch.ones_like(batch["input_ids"]).bool()
+            )
             losses = -logp.flatten(0, 1).gather(1, drawn)[valid[:, 1:].flatten()]
             losses.sum().backward()
     finally:
@@ -102,7 +108,12 @@ def _capture_batch(
     chosen = valid.flatten()
     for name, (hidden, indices, weights, output) in seen.items():
         assert output.grad is not None
-        columns = (hidden.detach().float(), indices, weights.detach().float(), output.grad.float().reshape(-1, hidden.shape[-1]))
+        columns = (
+            hidden.detach().float(),
+            indices,
+            weights.detach().float(),
+            output.grad.float().reshape(-1, hidden.shape[-1]),
+        )
         parts[name].append(tuple(column[chosen] for column in columns))
 
 
@@ -117,7 +128,11 @@ def _see(seen: dict, name: str, _module: Any, args: tuple, kwargs: dict, output:
 
 
 def _check_finite(name: str, samples: LayerSamples) -> None:
-    for what, tensor in (("inputs", samples.hidden), ("router weights", samples.weights), ("gradients", samples.gradient)):
+    for what, tensor in (
+        ("inputs", samples.hidden),
+        ("router weights", samples.weights),
+        ("gradients", samples.gradient),
+    ):
         if not torch.isfinite(tensor).all():
             raise MoeCollabError(
                 f"{name}: the experts' {what} on the calibration data are NaN or infinite. "

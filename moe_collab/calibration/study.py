@@ -157,11 +157,14 @@ class LayerStudy:
         return own.down + own.down @ torch.linalg.solve(matrix, target).T, weighted_moments(inner, seen.down_gradient)
 
     def round_all(
-        self, rounder: Rounder, moments: dict[str, torch.Tensor], schemes: Mapping[int, tuple[Scheme, Scheme]], feedback: bool = True
+        self,
+        rounder: Rounder,
+        moments: dict[str, torch.Tensor],
+        schemes: Mapping[int, tuple[Scheme, Scheme]],
     ) -> dict[int, ExpertGrids]:
         """Expert -> its grids, for (gate_up, down) schemes per expert; an expert that is gone has none.
 
-        Experts of one scheme are rounded together. With `feedback` down_proj makes up for its expert's gate and up.
+        Experts of one scheme are rounded together. down_proj makes up for its expert's rounded gate and up.
         """
         found = {index: ExpertGrids(None, None) for index, pair in schemes.items() if pair[0].num_bits != 0}
         gate_up = self.weights("gate_up")
@@ -169,12 +172,10 @@ class LayerStudy:
             grid = rounder(gate_up[members], moments["gate_up"][members], scheme)
             for position, index in enumerate(members):
                 found[index].gate_up = grid.select(position)
-        down, down_moments = self.weights("down"), moments["down"]
-        if feedback:
-            down, down_moments = down.clone(), down_moments.clone()
-            for index, grids in found.items():
-                if grids.gate_up is not None and schemes[index][1].is_packed and self.counts[index] >= FEW_TOKENS:
-                    down[index], down_moments[index] = self.refit_down(index, grids.gate_up)
+        down, down_moments = self.weights("down"), moments["down"].clone()
+        for index, grids in found.items():
+            if grids.gate_up is not None and schemes[index][1].is_packed and self.counts[index] >= FEW_TOKENS:
+                down[index], down_moments[index] = self.refit_down(index, grids.gate_up)
         for scheme, members in _alike(schemes, 1).items():
             grid = rounder(down[members], down_moments[members], scheme)
             for position, index in enumerate(members):

@@ -13,7 +13,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compact_targets", "config_groups", "write_quantization_config"]
+from ..formats import TERNARY_PACKED
+
+__all__ = ["NOTE_KEY", "PLUGIN_NOTE", "compact_targets", "config_groups", "write_quantization_config"]
+
+NOTE_KEY, PLUGIN_NOTE = "sparsity_config", "needs the vLLM plugin: pip install moe-collab"
+"""Stock vLLM cannot serve ternary, and its errors do not say why: this makes it refuse with the note in its message.
+
+It validates this key, which has lost its meaning; transformers and compressed-tensors do not look at it.
+"""
 
 _EXPERT = re.compile(r"^(?P<layer>.*\.experts)\.(?P<index>0|[1-9][0-9]*)\.(?P<projection>\w+)$")
 
@@ -65,6 +73,9 @@ def write_quantization_config(
     quantization = config["quantization_config"]
     quantization["config_groups"] = config_groups(schemes)
     quantization["ignore"] = compact_targets(unquantized)
-    bits = {json.dumps(s["weights"], sort_keys=True) for s in schemes.values()}
-    quantization["format"] = "mixed-precision" if len(bits) > 1 else "pack-quantized"
+    formats = {scheme["format"] for scheme in schemes.values()}
+    alike = len({json.dumps([s["format"], s["weights"]], sort_keys=True) for s in schemes.values()}) <= 1
+    quantization["format"] = formats.pop() if alike and formats else "mixed-precision"
+    if TERNARY_PACKED in {scheme["format"] for scheme in schemes.values()}:
+        quantization[NOTE_KEY] = PLUGIN_NOTE
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import MoeCollabError
+from .experts import check_experts, zeros_of_masked
 from .reader import Checkpoint
 
 __all__ = ["load", "stock_conversions", "write_dense_twin"]
@@ -61,9 +62,11 @@ def write_dense_twin(path: str | Path, output: str | Path, dtype: torch.dtype | 
     Dequantized weights get `dtype`, or else that of their scales; other tensors stay as they are.
     """
     checkpoint, output = Checkpoint(path), Path(output)
-    checkpoint.check_experts()
+    check_experts(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    save_file(checkpoint.dense_tensors(dtype), output / "model.safetensors", metadata={"format": "pt"})
+    dense = checkpoint.dense_tensors(dtype)
+    dense |= zeros_of_masked(checkpoint, dense)
+    save_file(dense, output / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in checkpoint.path.glob("*.json"):

@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import MoeCollabError
-from ..formats import dequantize, unpack
+from ..formats import TERNARY_PACKED, dequantize, unpack, unpack_ternary
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
-_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(?P<tensor>\w+)$")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -91,21 +90,6 @@ class Checkpoint:
             what = f"tensors {missing[:5]}, named in the index," if missing else "*.safetensors files"
             raise MoeCollabError(f"{self.path}: {what} are missing. Copy or make the checkpoint again.")
 
-    def check_experts(self) -> None:
-        """Raise `MoeCollabError` naming an expert that is absent between others, or lacks a projection of theirs."""
-        layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-        for name in self._where:
-            if (match := _EXPERT.match(name)) and match["tensor"] in ("weight", "weight_packed"):
-                layers[match["layer"]][match["projection"]].add(int(match["index"]))
-        for layer, by_projection in layers.items():
-            count = max(map(max, by_projection.values())) + 1
-            for projection, indices in by_projection.items():
-                if gone := sorted(set(range(count)) - indices):
-                    raise MoeCollabError(
-                        f"{self.path}: {layer}.{gone[0]}.{projection} is missing (of {count} experts, {len(gone)} "
-                        "lack it). Copy or make the checkpoint again."
-                    )
-
     def _compile(self) -> dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]]:
         """Targets by the layer prefix they can match, so that a module is tried on few of them."""
         patterns: dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]] = defaultdict(list)
@@ -154,10 +138,11 @@ class Checkpoint:
         layout = group.get("format") or self.config["quantization_config"].get("format")
         weights = group["weights"]
         bits, kind = weights["num_bits"], weights.get("type", "int")
-        if layout != "pack-quantized" or kind != "int" or not 2 <= bits <= 8:
+        ternary = layout == TERNARY_PACKED and bits == 2 and bool(weights.get("symmetric", True))
+        if not (ternary or layout == "pack-quantized") or kind != "int" or not 2 <= bits <= 8:
             raise MoeCollabError(
                 f"{module}.weight_packed: format {layout} of {bits}-bit {kind} is not one we can read. "
-                "We read pack-quantized integers of 2 to 8 bits."
+                f"We read pack-quantized integers of 2 to 8 bits and {TERNARY_PACKED}."
             )
         scale = self.tensor(f"{module}.weight_scale")
         rows, columns = self.tensor(f"{module}.weight_shape").tolist()
@@ -169,7 +154,11 @@ class Checkpoint:
             check_scales(scale, rows, columns, weights)
             if zero_point is not None:
                 zero_point = unpack(zero_point, bits, (scale.shape[0], scale.shape[1]), packed_dim=0)
-            codes = unpack(self.tensor(f"{module}.weight_packed"), bits, (rows, columns))
+            packed = self.tensor(f"{module}.weight_packed")
+            if ternary:
+                codes = unpack_ternary(packed, (rows, columns), columns // scale.shape[1])
+            else:
+                codes = unpack(packed, bits, (rows, columns))
         except MoeCollabError as error:
             raise MoeCollabError(f"{module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..formats import TERNARY, ternary_width
+
 __all__ = ["TensorEntry", "checkpoint_bytes", "quantized_entries", "safetensors_bytes"]
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
@@ -97,18 +99,22 @@ def quantized_entries(
     scale_dtype: str = "BF16",
     g_idx: bool = False,
 ) -> list[TensorEntry]:
-    """What stands in a `pack-quantized` checkpoint for module `name` with a weight of `shape` [rows, columns].
+    """What stands in a checkpoint for module `name` with a weight of `shape` [rows, columns] in `num_bits`.
 
-    `group_size` None or -1 is one scale a row (strategy `channel`).
+    `num_bits` `TERNARY` is the format `ternary-packed` (always symmetric), others are `pack-quantized`; `group_size`
+    None or -1 is one scale a row (strategy `channel`).
     """
     rows, columns = shape
-    groups = 1 if group_size in (None, -1) else math.ceil(columns / group_size)
+    group = columns if group_size in (None, -1) else group_size
+    groups = math.ceil(columns / group)
+    ternary = num_bits == TERNARY
+    width = ternary_width(columns, group) if ternary else math.ceil(columns * num_bits / 32)
     entries = [
-        TensorEntry(f"{name}.weight_packed", "I32", (rows, math.ceil(columns * num_bits / 32))),
+        TensorEntry(f"{name}.weight_packed", "U8" if ternary else "I32", (rows, width)),
         TensorEntry(f"{name}.weight_scale", scale_dtype, (rows, groups)),
         TensorEntry(f"{name}.weight_shape", "I64", (2,)),
     ]
-    if not symmetric:
+    if not symmetric and not ternary:
         words = math.ceil(rows * num_bits / 32)
         entries.append(TensorEntry(f"{name}.weight_zero_point", "I32", (words, groups)))
     if g_idx:

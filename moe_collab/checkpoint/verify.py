@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import MoeCollabError
+from .experts import check_experts
 from .reader import SUFFIXES, Checkpoint, Quantized
 
 __all__ = ["Fingerprint", "fingerprint", "tensor_digest", "verify"]
@@ -51,6 +52,10 @@ def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[
             problems.append(f"{name}: differs from what the quantizer produced")
         elif problem := _unsound(weight):
             problems.append(f"{name}: {problem}")
+    try:
+        check_experts(checkpoint)
+    except MoeCollabError as error:
+        problems.append(str(error))
     names = set(checkpoint.names())
     problems += _orphans(names, stored) + _unpacked(checkpoint, names, stored)
     for name, digest in plain.items():

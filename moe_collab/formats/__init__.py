@@ -3,12 +3,13 @@
 from .packing import pack, packed_width, unpack
 from .rounding import dequantize
 from .scheme import DENSE, PRUNED, Scheme
-from .ternary import TERNARY, pack_ternary, ternary_width, unpack_ternary
+from .ternary import TERNARY, TERNARY_PACKED, pack_ternary, ternary_width, unpack_ternary
 
 __all__ = [
     "DENSE",
     "PRUNED",
     "TERNARY",
+    "TERNARY_PACKED",
     "Scheme",
     "dequantize",
     "pack",

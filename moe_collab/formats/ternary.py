@@ -10,10 +10,13 @@ import torch
 
 from ..errors import MoeCollabError
 
-__all__ = ["TERNARY", "pack_ternary", "ternary_width", "unpack_ternary"]
+__all__ = ["TERNARY", "TERNARY_PACKED", "pack_ternary", "ternary_width", "unpack_ternary"]
 
 TERNARY = 1
 """`num_bits` of ternary weights in descriptor tables."""
+
+TERNARY_PACKED = "ternary-packed"
+"""What config.json calls the format."""
 
 _PER_BYTE = 5
 

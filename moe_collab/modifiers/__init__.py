@@ -2,6 +2,7 @@
 
 from llmcompressor.modifiers import ModifierFactory
 
+from ..checkpoint import ternary_packed
 from .activation_smooth import ActivationSmoothModifier
 from .compat import survive_missing_torchvision
 from .expert_pruning import ExpertPruningModifier
@@ -10,5 +11,6 @@ from .mixed_bit_alloc import MixedBitAllocModifier
 __all__ = ["ActivationSmoothModifier", "ExpertPruningModifier", "MixedBitAllocModifier"]
 
 survive_missing_torchvision()
+ternary_packed.register()
 for _modifier in (ExpertPruningModifier, ActivationSmoothModifier, MixedBitAllocModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -76,7 +76,7 @@ class ActivationSmoothModifier(Modifier):
         for layer in describe(state.model, self.ignore).layers:
             tap = RoutingTap(self, layer)
             self._taps.append(tap)
-            for index in range(layer.num_experts):
+            for index in layer.live_experts:
                 hook = partial(self._observe, tap, index)
                 self.register_hook(layer.expert(index).down_proj, hook, "forward")
 
@@ -111,7 +111,8 @@ class ActivationSmoothModifier(Modifier):
         """Smooth the layers whose statistics are complete."""
         done = {id(module) for module in modules or ()}
         for tap in self._taps:
-            if id(tap.layer.experts) in done or id(tap.layer.expert(0).down_proj) in done:
+            down_projs = {id(tap.layer.expert(index).down_proj) for index in tap.layer.live_experts}
+            if id(tap.layer.experts) in done or down_projs & done:
                 self._smooth(tap.layer)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
@@ -124,7 +125,7 @@ class ActivationSmoothModifier(Modifier):
     @torch.no_grad()
     def _smooth(self, layer: MoELayer) -> None:
         assert self.strength is not None
-        for index in range(layer.num_experts):
+        for index in layer.live_experts:
             largest = self._largest.pop((layer.name, index), None)
             if largest is None:
                 continue

@@ -18,6 +18,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from ..allocation import parse_bytes
 from ..architectures import MoEModel, describe
 from ..errors import MoeCollabError
+from ..formats import Scheme
 from ..plan import CompressionPlan, fingerprint
 from .common import check_unquantized, following_quantizers, modifiers_of_this_pass
 from .expert_pruning import ExpertPruningModifier
@@ -211,10 +212,9 @@ class MixedBitAllocModifier(Modifier):
         return plan
 
     def _apply(self, model: torch.nn.Module, plan: CompressionPlan) -> None:
-        arguments = {b: weight_arguments(b, plan.group_size, plan.symmetric) for b in SUPPORTED_BITS if b != 16}
         for name, bits in plan.num_bits.items():
             if bits != 16:
-                attach_scheme(model.get_submodule(name), arguments[bits])
+                attach_scheme(model.get_submodule(name), Scheme(bits, plan.group_size, plan.symmetric))
         self._keep_starved(plan)
 
     def _keep_starved(self, plan: CompressionPlan) -> None:

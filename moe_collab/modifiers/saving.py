@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from compressed_tensors.quantization.lifecycle.forward import quantize
 from loguru import logger
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..allocation.budget import format_bytes
-from ..architectures import describe
+from ..architectures import MoEModel, describe
 from ..checkpoint.atomic import replace_directory
 from ..checkpoint.groups import write_quantization_config
 from ..checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
 from ..errors import MoeCollabError
-from ..formats import unpack
 from ..plan import CompressionPlan
+from ..pruning import check_mask
 from .naming import checkpoint_names, use_checkpoint_names
-from .schemes import is_sound
+from .schemes import codes_of, is_sound
 from .surgery import sync_config
 
 __all__ = ["expect_plan", "install_save"]
@@ -41,7 +40,9 @@ def install_save(model: torch.nn.Module) -> None:
         expected, schemes, plain = _snapshot(model)
         digests = _plain_digests(model)
         with replace_directory(Path(save_directory)) as beside:
-            counts = sync_config(model, describe(model))
+            moe = describe(model)
+            _check_masks(moe)
+            counts = sync_config(model, moe)
             inner(str(beside), *args, **kwargs)
             _patch_counts(beside / "config.json", counts)
             if schemes and kwargs.get("save_compressed", True):
@@ -52,6 +53,12 @@ def install_save(model: torch.nn.Module) -> None:
     # llm-compressor wraps again whatever does not carry this mark.
     save_pretrained._overridden = save_pretrained._moe_collab = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
+
+
+def _check_masks(moe: MoEModel) -> None:
+    for layer in moe.layers:
+        if dropped := set(range(layer.num_experts)) - set(layer.live_experts):
+            check_mask(moe, layer.name, dropped)
 
 
 _PLAN = "_moe_collab_plan"
@@ -72,7 +79,7 @@ def _snapshot(model: torch.nn.Module) -> tuple[dict[str, Fingerprint], dict[str,
         if scheme is None or scheme.weights is None:
             plain.append(names[name])
             continue
-        expected[names[name]] = _fingerprint(name, module, scheme)
+        expected[names[name]] = _fingerprint(name, module)
         schemes[names[name]] = _scheme(scheme)
     return expected, schemes, plain
 
@@ -92,20 +99,11 @@ def _scheme(scheme: QuantizationScheme) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fingerprint(name: str, module: torch.nn.Linear, scheme: QuantizationScheme) -> Fingerprint:
+def _fingerprint(name: str, module: torch.nn.Linear) -> Fingerprint:
     """What the quantizer produced: integer codes, scales, zero points."""
-    scale, zero_point = module.weight_scale, getattr(module, "weight_zero_point", None)
-    bits = scheme.weights.num_bits
-    if hasattr(module, "weight_packed"):  # saved before: the live module is compressed already
-        shape = tuple(module.weight_shape.tolist())
-        codes = unpack(module.weight_packed, bits, shape)
-        if zero_point is not None:
-            zero_point = unpack(zero_point, bits, tuple(scale.shape), packed_dim=0)
-        return fingerprint(codes, scale, zero_point)
-    codes = quantize(module.weight, scale, zero_point, scheme.weights, dtype=torch.int8)
-    if not is_sound(module):
+    if not hasattr(module, "weight_packed") and not is_sound(module):
         raise MoeCollabError(f"{name}.weight: not on the grid of its scales; was it quantized? Nothing was saved.")
-    return fingerprint(codes, scale, zero_point if not scheme.weights.symmetric else None)
+    return fingerprint(*codes_of(module))
 
 
 def _patch_counts(path: Path, counts: dict[str, int]) -> None:

@@ -70,7 +70,7 @@ class Sensitivity:
             return
         everything = self._seen.pop(layer.name)
         self.routed_tokens[layer.name] = [seen.total for seen in everything]
-        for index, seen in enumerate(everything):
+        for index, seen in ((live, everything[live]) for live in layer.live_experts):
             for half in _HALVES:
                 costs = self._measure(layer, index, half, seen) if seen.total else self._unseen(layer, index, half)
                 for projection in half:

@@ -6,9 +6,10 @@ import torch
 from compressed_tensors import align_module_device
 from torch import nn
 
-from ..architectures import MoELayer, MoEModel, text_config
+from ..architectures import MASKED_BIAS, MoELayer, MoEModel, text_config
+from ..errors import MoeCollabError
 
-__all__ = ["keep_experts", "set_top_k", "sync_config"]
+__all__ = ["MaskedExpert", "keep_experts", "mask_experts", "set_top_k", "sync_config"]
 
 _COUNT_ATTRIBUTES = ("num_experts", "n_experts", "n_routed_experts", "num_local_experts")
 _TOP_K_ATTRIBUTES = ("top_k", "num_experts_per_tok")
@@ -28,14 +29,45 @@ def keep_experts(layer: MoELayer, kept: list[int]) -> None:
         layer.router.out_features = len(kept)
 
 
+class MaskedExpert(nn.Module):
+    """What stands for an expert that is gone, and has no tensors to save."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Zeros [tokens, hidden]."""
+        return torch.zeros_like(hidden_states)
+
+
+def mask_experts(layer: MoELayer, dropped: list[int]) -> None:
+    """Take the experts `dropped` of one layer out of the router's choice, in place, and drop their tensors.
+
+    Their selection bias becomes `MASKED_BIAS`; counts, router rows and groups stay as they are, so layers may differ.
+    `pruning.check_mask` tells whether the router can then still choose enough. Raises `MoeCollabError` if the router
+    has no selection bias or there is no such expert.
+    """
+    holder = layer.bias_holder
+    if holder is None:
+        raise MoeCollabError(f"{layer.name}: its router has no selection bias to mask experts by. Prune physically.")
+    if wrong := [index for index in dropped if not 0 <= index < layer.num_experts]:
+        raise MoeCollabError(f"{layer.name}: expert {wrong[0]} is none of its {layer.num_experts}.")
+    with align_module_device(holder):
+        bias = holder.e_score_correction_bias.detach().clone()
+    bias[dropped] = MASKED_BIAS
+    _assign(holder, "e_score_correction_bias", bias)
+    for index in dropped:
+        layer.experts._modules[str(index)] = MaskedExpert()
+
+
 def _keep_rows(module: nn.Module, kept: list[int], names: tuple[str, ...]) -> None:
     with align_module_device(module):
         tensors = {name: getattr(module, name, None) for name in names}
         rows = {name: t.detach()[kept].contiguous() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
     for name, value in rows.items():
-        is_parameter = name in module._parameters
-        # Plain assignment goes through the offload cache, which then stores the new shape.
-        setattr(module, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        _assign(module, name, value)
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    # Plain assignment goes through the offload cache, which then stores the new shape.
+    setattr(module, name, nn.Parameter(value, requires_grad=False) if name in module._parameters else value)
 
 
 def set_top_k(moe: MoEModel, top_k: int) -> None:

@@ -75,7 +75,7 @@ def descend(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid, passes: i
 
 def refit(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid) -> None:
     """Set the scales to the least-squares ones for these codes, drawn a little towards the present ones."""
-    batch, rows, columns = weights.shape
+    batch, rows = weights.shape[:2]
     size, groups = grid.group, grid.scales.shape[2]
     levels = grid.codes - grid.wide(grid.zeros)
     target = (levels * (weights @ hessians)).reshape(batch, rows, groups, size).sum(-1)

@@ -40,9 +40,7 @@ class Grid:
 
     def reshaped(self, batch: int) -> Grid:
         """The same rows dealt out to another number of weights."""
-        codes, scales, zeros = (
-            t.reshape(batch, -1, t.shape[2]) for t in (self.codes, self.scales, self.zeros)
-        )
+        codes, scales, zeros = (t.reshape(batch, -1, t.shape[2]) for t in (self.codes, self.scales, self.zeros))
         return Grid(self.scheme, codes, scales, zeros)
 
 

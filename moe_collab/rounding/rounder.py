@@ -16,7 +16,7 @@ __all__ = ["Rounder"]
 
 @dataclass(frozen=True)
 class Rounder:
-    """Error feedback, then coordinate descent in turn with refitted scales (what each brings: the benchmark's ablation).
+    """Error feedback, then coordinate descent in turn with refitted scales.
 
     `descent` False is plain GPTQ on searched scales; `feedback` False rounds to nearest. `scale_dtype` is what the
     checkpoint keeps scales in; the last codes are chosen for scales already rounded to it.

@@ -12,7 +12,9 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from ..checkpoint import ternary_packed
     from .config import NAME, MoeCollabConfig
 
+    ternary_packed.register()
     register_quantization_config(NAME)(MoeCollabConfig)
     _registered = True

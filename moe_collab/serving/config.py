@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.platforms import current_platform
 
+from ..checkpoint.groups import NOTE_KEY, PLUGIN_NOTE
+from ..formats import DENSE, PRUNED, TERNARY_PACKED, Scheme
 from ..kernels.backends import backend
 from .experts import ExpertSchemes, MixedBitMoEMethod
 from .linear import SERVED, MixedBitLinearMethod
-from .weights import is_packed_integer
+from .needs import has_stock_int4, needs_this_package, num_experts_of, routes_in_groups
+from .weights import is_packed, stored_scheme
 
-__all__ = ["NAME", "MoeCollabConfig", "needs_this_package"]
+__all__ = ["NAME", "MoeCollabConfig"]
 
 NAME = "moe_collab"
 
@@ -29,6 +31,12 @@ class MoeCollabConfig(CompressedTensorsConfig):
         return NAME
 
     @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MoeCollabConfig:
+        """As the parent's, without the note that is meant for those who lack this package."""
+        note = (NOTE_KEY, PLUGIN_NOTE)
+        return super().from_config({key: value for key, value in config.items() if (key, value) != note})
+
+    @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
@@ -37,21 +45,22 @@ class MoeCollabConfig(CompressedTensorsConfig):
             return None
         if user_quant not in (None, "compressed-tensors", NAME):
             return None
-        return NAME if user_quant == NAME or needs_this_package(hf_quant_cfg, _routes_in_groups(hf_config)) else None
+        ours = needs_this_package(hf_quant_cfg, routes_in_groups(hf_config), num_experts_of(hf_config))
+        return NAME if user_quant == NAME or ours else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Our methods for routed experts and, on CPUs, for linear layers in packed integers; else the parent's.
+        """Our methods for routed experts, for ternary and, on CPUs, for linear layers in packed integers.
 
-        Stock vLLM has only a 4-bit linear kernel for CPUs, if any: slower than ours but faster than the reference.
+        Else the parent's: stock vLLM has only a 4-bit linear kernel for CPUs, if any: slower than ours but faster than
+        the reference.
         """
         if isinstance(layer, RoutedExperts):
             return MixedBitMoEMethod(layer.moe_config, self._expert_schemes(layer, prefix))
-        if type(layer) in SERVED and current_platform.is_cpu():
+        if type(layer) in SERVED:
             names = self._parts(prefix)
             schemes = [self._scheme(layer, name) for name in names]
-            bits = {s["weights"].num_bits if is_packed_integer(s) else s and 0 for s in schemes}
-            if bits - {None} and 0 not in bits and (bits != {4} or backend().is_fast or not _has_stock_int4()):
-                return MixedBitLinearMethod(names, [s and s["weights"] for s in schemes])
+            if _serves_linear(schemes):
+                return MixedBitLinearMethod(names, [stored_scheme(n, s) for n, s in zip(names, schemes, strict=True)])
         return super().get_quant_method(layer, prefix)
 
     def _parts(self, prefix: str) -> list[str]:
@@ -69,60 +78,26 @@ class MoeCollabConfig(CompressedTensorsConfig):
     def _expert_schemes(self, layer: RoutedExperts, prefix: str) -> ExpertSchemes:
         self._add_fused_moe_to_target_scheme_map()
         projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        table = []
-        for expert in range(layer.moe_config.num_logical_experts):
-            found = [self.get_scheme_dict(layer, f"{prefix}.{expert}.{p}") for p in projections]
-            table.append(tuple(f["weights"] if f else None for f in found))
-        return ExpertSchemes(prefix, projections, table)
+        experts = range(layer.moe_config.num_logical_experts)
+        found = [[self._stored(layer, f"{prefix}.{expert}.{p}") for p in projections] for expert in experts]
+        # Where a selection bias can mask experts, those that neither a target nor `ignore` names are absent.
+        masks = layer.e_score_correction_bias is not None and any(any(schemes) for schemes in found)
+        unnamed = PRUNED if masks else DENSE
+        return ExpertSchemes(prefix, projections, [tuple(s or unnamed for s in schemes) for schemes in found])
+
+    def _stored(self, layer: RoutedExperts, name: str) -> Scheme | None:
+        """How an expert's matrix is stored; None if neither a target nor `ignore` names it."""
+        described = self._scheme(layer, name)
+        if described is None and not should_ignore_layer(name, self.ignore, self.packed_modules_mapping):
+            return None
+        return stored_scheme(name, described)
 
 
-def needs_this_package(quantization: dict[str, Any], grouped_routing: bool = False) -> bool:
-    """Whether stock vLLM lacks a kernel for something in this `quantization_config`.
-
-    It has none for experts that differ within a layer, and none for experts in packed integers other than 4 and 8
-    bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
-    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone, and not everywhere.
-    """
-    schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
-    others = set()
-    for group in quantization.get("config_groups", {}).values():
-        weights = group.get("weights") or {}
-        if (group.get("format") or quantization.get("format")) != "pack-quantized":
-            weights = {}
-        keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
-        for layer in map(_expert_layer, group.get("targets", [])):
-            if layer:
-                schemes[layer].add(tuple(weights.get(key) for key in keys))
-            elif weights.get("type") == "int":
-                others.add(weights["num_bits"])
-    for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
-        schemes[layer].add((16,))
-    if current_platform.is_cpu() and others - ({4} if _has_stock_int4() else set()):
-        return True
-    if all(len(found) == 1 and (16,) in found for found in schemes.values()):
+def _serves_linear(parts: list[dict[str, Any] | None]) -> bool:
+    """Whether a linear layer with these parts (None = unquantized) is ours."""
+    bits = {part["weights"].num_bits if is_packed(part) else part and 0 for part in parts}
+    if not bits - {None} or 0 in bits:
         return False
-    mixed = any(len(found) > 1 for found in schemes.values())
-    bits = {found[0] for layer in schemes.values() for found in layer} - {16, None}
-    stock = {4, 8}
-    if current_platform.is_cpu():
-        strategies = {found[2] for layer in schemes.values() for found in layer if len(found) > 1}
-        served = torch.cpu._is_amx_tile_supported() and strategies == {"group"} and not grouped_routing
-        stock = {4} if served else set()
-    return bool(bits) and (mixed or not bits <= stock)
-
-
-def _has_stock_int4() -> bool:
-    """vLLM 0.32's build for CPUs with AVX2 alone lacks its 4-bit linear kernel, and fails at the first token."""
-    import vllm._custom_ops  # noqa: F401 loads the kernels
-
-    return hasattr(torch.ops._C, "cpu_gemm_wna16")
-
-
-def _routes_in_groups(hf_config: Any) -> bool:
-    return (getattr(hf_config, "n_group", None) or 1) > 1
-
-
-def _expert_layer(target: str) -> str | None:
-    """The part of a target before `experts`, which tells layers apart; None if it names no routed expert."""
-    match = re.search(r"(?<!shared_)experts\b", target)
-    return target[: match.start()] or "*" if match else None
+    if any(part and part["format"] == TERNARY_PACKED for part in parts):
+        return True
+    return current_platform.is_cpu() and (bits != {4} or backend().is_fast or not has_stock_int4())

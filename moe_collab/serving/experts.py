@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..architectures import is_masked
+from ..errors import MoeCollabError
+from ..formats import PRUNED, Scheme
 from ..kernels.arena import Cut
 from ..kernels.backends import activation_bits, backend
 from .weights import KINDS, CheckpointArena, make_spec
@@ -31,11 +33,11 @@ _ACTIVATIONS = {"swigluoai_uninterleave": "swigluoai"}
 
 @dataclass(frozen=True)
 class ExpertSchemes:
-    """How the checkpoint stores each global expert's gate, up and down; None = unquantized."""
+    """How the checkpoint stores each global expert's gate, up and down."""
 
     prefix: str
     projections: tuple[str, str, str]
-    table: list[tuple[QuantizationArgs | None, ...]]
+    table: list[tuple[Scheme, ...]]
 
     def name(self, expert: int, projection: int) -> str:
         """Checkpoint name of a module."""
@@ -112,6 +114,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse a checkpoint that lacks a tensor this rank needs; drop the placeholders."""
+        self._check_absent(layer.e_score_correction_bias)
         self._arena.check(self.schemes.prefix)
         if backend().widen_ternary(self._arena, self._keep_free):
             logger.info_once("moe_collab keeps ternary experts in 1.6 bits, which is slower: memory is short")
@@ -123,6 +126,15 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         for name in self._placeholders:
             delattr(layer, name)
         logger.info_once("moe_collab serves experts of %s bits with backend: %s", str(bits), backend().name)
+
+    def _check_absent(self, bias: torch.Tensor | None) -> None:
+        """Refuse an absent expert that the router, now that its selection bias [experts] is loaded, can select."""
+        for expert, schemes in enumerate(self.schemes.table):
+            if PRUNED in schemes and (bias is None or not is_masked(bias[expert])):
+                raise MoeCollabError(
+                    f"{self.schemes.prefix}.{expert}: config.json names no scheme for it, as if it were pruned, but "
+                    "its router can select it. Copy or make the checkpoint again."
+                )
 
     def apply(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearMethodBase,
@@ -18,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..errors import MoeCollabError
+from ..formats import Scheme
 from ..kernels.arena import Cut
 from ..kernels.backends import activation_bits, backend
 from .weights import KINDS, CheckpointArena, make_spec
@@ -38,9 +38,9 @@ _QKV = ("q", "k", "v")
 
 
 class MixedBitLinearMethod(LinearMethodBase):
-    """One weight, or a fused one whose parts (`names`, `schemes`; None = unquantized) may differ in bits."""
+    """One weight, or a fused one whose parts (`names`, `schemes`) may differ in bits."""
 
-    def __init__(self, names: list[str], schemes: list[QuantizationArgs | None]) -> None:
+    def __init__(self, names: list[str], schemes: list[Scheme]) -> None:
         self.names, self.schemes = names, schemes
         # Looked up here: torch.compile does not trace the look-up.
         self._linear, self._activation_bits = backend().linear, activation_bits()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
+from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 
 from ..errors import MoeCollabError
-from ..formats import unpack
+from ..formats import DENSE, PRUNED, TERNARY, TERNARY_PACKED, Scheme, pack_ternary, unpack, unpack_ternary
 from ..kernels.arena import Arena, Cut
 from ..kernels.backends import backend
 from ..kernels.descriptors import TensorSpec
 
-__all__ = ["BUFFERS", "KINDS", "CheckpointArena", "is_packed_integer", "make_spec"]
+__all__ = ["BUFFERS", "KINDS", "CheckpointArena", "is_packed", "make_spec", "stored_scheme"]
 
 KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 """Suffixes of a module's tensors in the checkpoint."""
@@ -22,50 +22,53 @@ KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero
 BUFFERS = ("codes", "scales", "zero_points", "table", "bias")
 
 
-def is_packed_integer(scheme: dict | None) -> bool:
-    """Whether a compressed-tensors scheme is weight-only integers of 2 to 8 bits that we can serve."""
-    weights = scheme and scheme.get("weights")
-    return bool(
-        weights
-        and scheme.get("input_activations") is None
-        and scheme.get("format") == "pack-quantized"
-        and str(getattr(weights.type, "value", weights.type)) == "int"
-        and 2 <= weights.num_bits <= 8
-    )
+def is_packed(described: dict[str, Any] | None) -> bool:
+    """Whether a compressed-tensors scheme is weight-only, in integers of 2 to 8 bits or ternary, as we can serve it."""
+    weights = described and described.get("weights")
+    if not described or not weights or described.get("input_activations") is not None:
+        return False
+    is_int = str(getattr(weights.type, "value", weights.type)) == "int"
+    if described.get("format") == TERNARY_PACKED:
+        return is_int and weights.num_bits == 2 and bool(weights.symmetric)
+    return is_int and described.get("format") == "pack-quantized" and 2 <= weights.num_bits <= 8
 
 
-def make_spec(name: str, scheme: QuantizationArgs | None, shape: tuple[int, int], full_columns: int) -> TensorSpec:
+def stored_scheme(name: str, described: dict[str, Any] | None) -> Scheme:
+    """How a module is stored; None = unquantized. Raises `MoeCollabError` for a scheme that is not `is_packed`."""
+    if described is None:
+        return DENSE
+    weights = described["weights"]
+    if not is_packed(described):
+        raise MoeCollabError(
+            f"{name}: {described.get('format')} of {weights.num_bits}-bit {weights.type} is not served beside packed "
+            "weights. Pack it too (pack-quantized or ternary-packed, weights only), or leave it unquantized."
+        )
+    if weights.actorder == "group":
+        raise MoeCollabError(f"{name}: actorder `group` (weight_g_idx) is not served. Quantize with `static`.")
+    bits = TERNARY if described["format"] == TERNARY_PACKED else weights.num_bits
+    return Scheme(bits, -1 if weights.group_size in (None, -1) else int(weights.group_size), bool(weights.symmetric))
+
+
+def make_spec(name: str, scheme: Scheme, shape: tuple[int, int], full_columns: int) -> TensorSpec:
     """The spec of this rank's `shape`; a stored group that straddles ranks is cut into smaller equal ones."""
     rows, columns = shape
-    if scheme is None:
-        return TensorSpec(16, rows, columns)
-    if scheme.actorder == "group":
-        raise MoeCollabError(f"{name}: actorder `group` (weight_g_idx) is not served. Quantize with `static`.")
-    group = math.gcd(_stored_group(scheme, full_columns), columns)
+    if not scheme.is_packed:
+        return TensorSpec(scheme.num_bits, rows, columns)
     try:
-        return TensorSpec(scheme.num_bits, rows, columns, group, bool(scheme.symmetric))
+        group = math.gcd(scheme.group_of(full_columns), columns)
+        return TensorSpec(scheme.num_bits, rows, columns, group, scheme.symmetric)
     except MoeCollabError as error:
         raise MoeCollabError(f"{name}: {error}") from error
-
-
-def _stored_group(scheme: QuantizationArgs, full_columns: int) -> int:
-    return full_columns if scheme.group_size in (None, -1) else int(scheme.group_size)
 
 
 class CheckpointArena(Arena):
     """An arena filled tensor by tensor as the checkpoint is read.
 
-    `names` and `schemes` (None = unquantized) are those of the modules behind `specs`, each of which has a bias if
-    `biases`: float32, one after the other.
+    `names` and `schemes` are those of the modules behind `specs`, each of which has a bias if `biases`: float32, one
+    after the other.
     """
 
-    def __init__(
-        self,
-        specs: list[TensorSpec],
-        names: list[str],
-        schemes: list[QuantizationArgs | None],
-        biases: bool = False,
-    ) -> None:
+    def __init__(self, specs: list[TensorSpec], names: list[str], schemes: list[Scheme], biases: bool = False) -> None:
         super().__init__(specs, backend().layout)
         self.names, self.schemes = names, schemes
         self._starts = list(accumulate((spec.rows for spec in specs), initial=0))
@@ -75,20 +78,20 @@ class CheckpointArena(Arena):
     def place(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut) -> None:
         """Write this rank's `cut` of one checkpoint tensor. Raises `MoeCollabError` naming the tensor."""
         name, scheme = f"{self.names[index]}.{kind}", self.schemes[index]
-        if kind != "bias" and ((kind == "weight") != (scheme is None) or kind == "weight_g_idx"):
+        fits = scheme != PRUNED and (kind == "bias" or (kind == "weight") == (scheme == DENSE))
+        if not fits or kind == "weight_g_idx":
             raise MoeCollabError(f"{name}: contradicts config.json, which stores this module as {scheme}.")
         try:
             if kind == "weight":
                 self._place_dense(index, tensor, cut)
             elif kind == "weight_packed":
-                _expect([tensor.shape[0]], [cut.shape[0]])
-                self.write_codes(index, tensor, cut)
+                self._place_packed(index, tensor, cut)
             elif kind == "weight_shape":
                 _expect(tensor.tolist(), cut.shape)
             elif kind == "bias":
                 self._place_bias(index, tensor, cut)
             else:
-                self._place_groups(index, kind, tensor, cut, _stored_group(scheme, cut.shape[1]))  # type: ignore[arg-type]
+                self._place_groups(index, kind, tensor, cut, scheme.group_of(cut.shape[1]))
         except (MoeCollabError, RuntimeError, ValueError) as error:
             raise MoeCollabError(f"{name}: {error} The checkpoint is truncated or its config wrong.") from error
         self._loaded.add((index, kind))
@@ -105,6 +108,15 @@ class CheckpointArena(Arena):
         if cut.column == 0:
             start, rows = self._starts[index], self.specs[index].rows
             self.bias[start : start + rows] = bias[cut.row : cut.row + rows]  # type: ignore[index]
+
+    def _place_packed(self, index: int, packed: torch.Tensor, cut: Cut) -> None:
+        _expect([packed.shape[0]], [cut.shape[0]])
+        spec, group = self.specs[index], self.schemes[index].group_of(cut.shape[1])
+        if spec.num_bits == TERNARY and spec.group_size != group:
+            # Ternary groups each begin a byte, so cutting a group moves all that comes after it.
+            codes = unpack_ternary(packed, cut.shape, group)
+            packed = pack_ternary(codes, spec.group_size)
+        self.write_codes(index, packed, cut)
 
     def _place_groups(self, index: int, kind: str, tensor: torch.Tensor, cut: Cut, stored_group: int) -> None:
         spec = self.specs[index]

@@ -14,7 +14,7 @@ from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.checkpoint.verify import fingerprint, tensor_digest, verify
 from moe_collab.formats import dequantize, pack
 
-NAME = "model.layers.0.mlp.experts.3.up_proj"
+NAME = "model.layers.0.mlp.experts.0.up_proj"
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_an_unknown_format_is_named(saved):
 def test_stray_dense_and_orphan_tensors_are_named(saved):
     directory, prints, digests, _ = saved
     tensors = load_file(directory / "model.safetensors")
-    other = NAME.replace("3.up", "4.up")
+    other = NAME.replace("0.up", "1.up")
     tensors |= {f"{NAME}.weight": torch.ones(16, 64), f"{other}.weight_scale": torch.ones(16, 2)}
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(MoeCollabError) as error:
@@ -123,11 +123,11 @@ def test_stray_dense_and_orphan_tensors_are_named(saved):
 
 def test_a_weight_that_should_have_been_packed_is_named(saved):
     directory, prints, digests, _ = saved
-    targets = ["re:^model\\.layers\\.0\\.mlp\\.experts\\.(3|4)\\.up_proj$"]
+    targets = ["re:^model\\.layers\\.0\\.mlp\\.experts\\.(0|1)\\.up_proj$"]
     edit_config(directory, lambda q: q["config_groups"]["group_0"].update(targets=targets))
-    tensors = load_file(directory / "model.safetensors") | {NAME.replace("3.up", "4.up") + ".weight": torch.ones(4, 4)}
+    tensors = load_file(directory / "model.safetensors") | {NAME.replace("0.up", "1.up") + ".weight": torch.ones(4, 4)}
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(MoeCollabError, match=r"experts\.4\.up_proj\.weight: is stored dense"):
+    with pytest.raises(MoeCollabError, match=r"experts\.1\.up_proj\.weight: is stored dense"):
         verify(directory, prints, digests)
 
 

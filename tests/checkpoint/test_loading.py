@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from integration.tiny_models import TINY_FAMILIES, build_tiny
 from moe_collab import MoeCollabError
+from moe_collab.architectures import MASKED_BIAS
 from moe_collab.checkpoint.groups import config_groups
 from moe_collab.checkpoint.load import load, write_dense_twin
 from moe_collab.formats import dequantize, pack
@@ -81,4 +82,50 @@ def test_a_missing_plain_tensor_is_never_random(tmp_path):
     del tensors["model.layers.0.self_attn.q_proj.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MoeCollabError, match=r"missing keys.*q_proj"):
+        load(path)
+
+
+def mask(path, experts):
+    """Set the selection biases of the checkpoint in place."""
+    tensors = load_file(path / "model.safetensors")
+    for name, bias in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            bias[experts] = MASKED_BIAS
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop(path, experts):
+    """Remove the experts' tensors from the checkpoint in place."""
+    tensors = load_file(path / "model.safetensors")
+    gone = tuple(f".experts.{expert}." for expert in experts)
+    kept = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in gone)}
+    assert len(kept) < len(tensors)
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_masked_experts_may_be_absent_and_change_nothing(tmp_path):
+    path = build_tiny("deepseek_v3", tmp_path / "tiny")
+    quantize_experts(path)
+    mask(path, [0, 3, 7])
+    expected = logits(load(path, torch.float32))
+    drop(path, [0, 3, 7])
+    assert torch.equal(logits(load(path, torch.float32)), expected)
+
+
+@pytest.mark.parametrize(("masked", "dropped"), [([0], [0, 3]), ([], [7]), ([0, 1, 2, 3, 4, 5, 6], list(range(8)))])
+def test_an_absent_expert_that_is_not_masked_is_refused(tmp_path, masked, dropped):
+    path = build_tiny("deepseek_v3", tmp_path / "tiny")
+    mask(path, masked)
+    drop(path, dropped)
+    with pytest.raises(MoeCollabError, match=rf"experts\.{dropped[-1]}\.\S+ is missing .*the router can select it"):
+        load(path)
+
+
+def test_half_a_masked_expert_is_refused(tmp_path):
+    path = build_tiny("deepseek_v3", tmp_path / "tiny")
+    mask(path, [3])
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MoeCollabError, match=r"experts\.3\.up_proj is missing"):
         load(path)

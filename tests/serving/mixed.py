@@ -4,49 +4,65 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from integration.tiny_models import build_tiny
-from moe_collab.architectures import FAMILIES
+from moe_collab.architectures import FAMILIES, MASKED_BIAS
 from moe_collab.checkpoint.groups import write_quantization_config
 from moe_collab.checkpoint.load import write_dense_twin
-from moe_collab.formats import pack
+from moe_collab.formats import TERNARY, pack, pack_ternary
 
 # (bits, group size, symmetric) by expert; -1 = per channel, None = 16 bits. Groups of 128 straddle two ranks.
 SCHEMES = [(2, 32, False), (3, 32, True), (4, 128, True), (5, 64, False), (6, 32, True), (8, -1, True), None]
-LAST = [(4, 128, False), (4, 128, False), (3, 64, True)]
-"""The last expert's gate, up and down."""
+LAST = [
+    [(4, 128, False), (4, 128, False), (3, 64, True)],
+    [(TERNARY, 32, True), (TERNARY, 32, True), (TERNARY, 128, True)],
+]
+"""The last expert's gate, up and down, in the first and in the second layer."""
 LINEAR = {
     "q_proj": (4, 32, True),
     "k_proj": (3, 32, False),
     "v_proj": (8, -1, True),
-    "o_proj": (6, 64, False),
+    "o_proj": (TERNARY, 128, True),
     "kv_b_proj": (6, 32, True),
     "lm_head": (5, 32, True),
 }
 """Of the second layer, and of lm_head: q, k and v are one fused weight in vLLM."""
 
 
-def build_mixed(family: str, path: Path) -> tuple[Path, Path]:
-    """(checkpoint, float32 twin) of a tiny model: experts of 2, 3, 4, 5, 6, 8 and 16 bits, and `LINEAR`."""
-    build_tiny(family, path)
+def build_mixed(
+    family: str, path: Path, masked: Mapping[int, tuple[int, ...]] = MappingProxyType({}), **overrides: int
+) -> tuple[Path, Path]:
+    """(checkpoint, float32 twin) of a tiny model: experts of ternary, 2, 3, 4, 5, 6, 8 and 16 bits, and `LINEAR`.
+
+    `masked`: layer -> experts that its router's selection bias rules out and that are not stored.
+    """
+    build_tiny(family, path, **overrides)
     projections = next(f.checkpoint_projections for f in FAMILIES if family in f.model_types)
     tensors, schemes, plain = {}, {}, []
     for name, weight in load_file(path / "model.safetensors").items():
         module = name.removesuffix(".weight")
         match = re.search(r"\.experts\.(\d+)\.(\w+)$", module)
         linear = None if ".layers.0." in name else LINEAR.get(module.rpartition(".")[2])
-        scheme = _scheme(int(match[1]), projections.index(match[2])) if match else linear
+        layer = int(".layers.1." in name)
+        dropped = masked.get(int(layer_of[1]), ()) if (layer_of := re.search(r"\.layers\.(\d+)\.", name)) else ()
+        if match and int(match[1]) in dropped:
+            continue
+        if dropped and name.endswith("e_score_correction_bias"):
+            weight[list(dropped)] = MASKED_BIAS
+        scheme = _scheme(layer, int(match[1]), projections.index(match[2])) if match else linear
         if scheme is None:
             tensors[name] = weight
             plain += [module] if match or (weight.ndim == 2 and "embed" not in name) else []
             continue
         # Every second layer is stored as compressed-tensors 0.17 did.
-        padded = ".layers.1." in name
-        tensors.update({f"{module}.{k}": v for k, v in _quantize(weight, scheme, padded).items()})
+        stored = _quantize_ternary(weight, scheme) if scheme[0] == TERNARY else _quantize(weight, scheme, layer == 1)
+        tensors.update({f"{module}.{k}": v for k, v in stored.items()})
         schemes[module] = _described(scheme)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
@@ -58,15 +74,26 @@ def build_mixed(family: str, path: Path) -> tuple[Path, Path]:
     return path, twin
 
 
-def _scheme(expert: int, projection: int) -> tuple[int, int, bool] | None:
-    return SCHEMES[expert] if expert < len(SCHEMES) else LAST[projection]
+def _scheme(layer: int, expert: int, projection: int) -> tuple[int, int, bool] | None:
+    return SCHEMES[expert] if expert < len(SCHEMES) else LAST[layer][projection]
 
 
 def _described(scheme: tuple[int, int, bool]) -> dict:
     bits, group, symmetric = scheme
     strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, **strategy}
-    return {"format": "pack-quantized", "weights": weights}
+    ternary = bits == TERNARY
+    weights = {"num_bits": 2 if ternary else bits, "type": "int", "symmetric": symmetric, "dynamic": False, **strategy}
+    return {"format": "ternary-packed" if ternary else "pack-quantized", "weights": weights}
+
+
+def _quantize_ternary(weight: torch.Tensor, scheme: tuple[int, int, bool]) -> dict[str, torch.Tensor]:
+    rows, columns = weight.shape
+    x = weight.float().reshape(rows, -1, scheme[1])
+    size = x.abs().mean(-1, keepdim=True)
+    codes = (x.sign() * (x.abs() > 0.7 * size)).to(torch.int8).reshape(rows, columns)
+    scale = (1.5 * size).squeeze(-1).bfloat16()
+    shape = torch.tensor([rows, columns])
+    return {"weight_packed": pack_ternary(codes, scheme[1]), "weight_scale": scale, "weight_shape": shape}
 
 
 def _quantize(weight: torch.Tensor, scheme: tuple[int, int, bool], padded: bool) -> dict[str, torch.Tensor]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moe_collab.serving import config as served
-from moe_collab.serving.config import MoeCollabConfig, current_platform, needs_this_package
+from moe_collab.serving import needs
+from moe_collab.serving.config import MoeCollabConfig
+from moe_collab.serving.needs import current_platform, needs_this_package
 
 
 def config(*groups: tuple[list[str], int], ignore: tuple[str, ...] = (), strategy: str = "group") -> dict:
@@ -24,7 +25,7 @@ OTHERS = [r"re:^model\.layers\.0\.mlp\.experts\.(2|3)\.(up_proj)$"]
 @pytest.fixture(params=[True, False], ids=["amx", "no amx"])
 def amx(request, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
-    monkeypatch.setattr(served, "_has_stock_int4", lambda: True)
+    monkeypatch.setattr(needs, "has_stock_int4", lambda: True)
     return request.param
 
 
@@ -52,8 +53,30 @@ def test_linear_layers_without_a_stock_kernel_are_ours(amx):
 
 def test_four_bit_linear_layers_are_ours_where_stock_lacks_its_kernel(amx, monkeypatch):
     assert not needs_this_package(config(([r"re:.*self_attn.*"], 4)))
-    monkeypatch.setattr(served, "_has_stock_int4", lambda: False)
+    monkeypatch.setattr(needs, "has_stock_int4", lambda: False)
     assert needs_this_package(config(([r"re:.*self_attn.*"], 4)))
+
+
+def test_ternary_anywhere_is_ours(amx):
+    for targets in (EVERYWHERE, [r"re:.*self_attn.*"]):
+        quantization = config((targets, 2))
+        quantization["config_groups"]["group_0"]["format"] = "ternary-packed"
+        assert needs_this_package(quantization)
+        quantization["config_groups"]["group_0"]["format"] = None
+        assert needs_this_package(quantization | {"format": "ternary-packed"})
+
+
+def test_absent_experts_are_ours(amx):
+    layers = [rf"re:^model\.layers\.{i}\.mlp\.experts\.(0|1|2|3)\.(down_proj|gate_proj|up_proj)$" for i in (0, 1)]
+    kept = [layers[0], layers[1].replace("1|2", "2")]
+    assert needs_this_package(config((layers, 4)), num_experts=4) != amx
+    assert needs_this_package(config((kept, 4)), num_experts=4)
+    assert needs_this_package(config((kept, 4)))
+    assert needs_this_package(config((layers, 4)), num_experts=5)
+    assert needs_this_package(config((kept[1:], 4), ignore=("model.layers.1.mlp.experts.1.up_proj",)), num_experts=5)
+    attention = [r"re:.*self_attn.*"]
+    assert not needs_this_package(config((attention, 4), ignore=tuple(layers)), num_experts=4)
+    assert needs_this_package(config((attention, 4), ignore=tuple(kept)), num_experts=4)
 
 
 def test_nothing_else_is_ours(amx):

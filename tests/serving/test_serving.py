@@ -136,3 +136,9 @@ def test_a_broken_checkpoint_is_refused_by_name(qwen3, tmp_path, suffix, value, 
     done = run_vllm(broken(qwen3, tmp_path / "broken", name, value), {})
     assert done.returncode != 0
     assert message in done.stdout + done.stderr and name in done.stdout + done.stderr
+
+
+def test_without_the_plugin_the_message_names_it(qwen3):
+    done = run_vllm(qwen3, {}, {"VLLM_PLUGINS": ""})
+    assert done.returncode != 0
+    assert "needs the vLLM plugin: pip install moe-collab" in done.stdout + done.stderr
