@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from moe_collab.allocation import ExpertChoice, solve, solve_physical
 
@@ -57,9 +59,6 @@ def milp_problem(seed: int) -> tuple[Ints, Floats, int]:
 
 def milp_cost(size: Ints, cost: Floats, budget: int) -> float:
     """The optimum by scipy's `milp` (HiGHS), evaluated on its rounded choice."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     at = np.flatnonzero(np.isfinite(cost))
     item, s, c = at // cost.shape[1], size.ravel()[at], cost.ravel()[at]
     one_each = csr_array((np.ones(len(at)), (item, np.arange(len(at)))), shape=(len(size), len(at)))
