@@ -56,7 +56,7 @@ class LayerStudy:
 
     def __init__(self, layer: MoELayer, samples: LayerSamples) -> None:
         self.layer, self.samples = layer, samples
-        self.experts = [ExpertWeights.of(layer, index) for index in range(layer.num_experts)]
+        self.experts = {index: ExpertWeights.of(layer, index) for index in layer.live_experts}
         self.counts = samples.counts(layer.num_experts)
 
     def traffic(self, expert: int, limit: int | None = None) -> _Traffic:
@@ -68,23 +68,29 @@ class LayerStudy:
         return _Traffic(hidden, own.inner(hidden), own.gate_up_gradient(hidden, gradient), gradient)
 
     def weights(self, half: str) -> torch.Tensor:
-        """The matrices of all experts, [experts, rows, columns]."""
-        return torch.stack([getattr(expert, half) for expert in self.experts])
+        """The matrices of all experts, [experts, rows, columns]; zeros where one is gone."""
+        gone = torch.zeros_like(getattr(next(iter(self.experts.values())), half))
+        own = (self.experts.get(index) for index in range(self.layer.num_experts))
+        return torch.stack([gone if expert is None else getattr(expert, half) for expert in own])
 
     def moments(self) -> dict[str, torch.Tensor]:
         """Half -> second moments of its inputs, [experts, row blocks, columns, columns], mean diagonal 1."""
-        gate_up, down = [], []
-        for index in range(len(self.experts)):
+        found: dict[str, dict[int, torch.Tensor]] = {half: {} for half in HALVES}
+        for index in self.experts:
             seen = self.traffic(index)
-            gate_up.append(weighted_moments(seen.hidden, seen.gate_up_gradient))
-            down.append(weighted_moments(seen.inner, seen.down_gradient))
-        return {"gate_up": torch.stack(gate_up), "down": torch.stack(down)}
+            found["gate_up"][index] = weighted_moments(seen.hidden, seen.gate_up_gradient)
+            found["down"][index] = weighted_moments(seen.inner, seen.down_gradient)
+        return {half: self._stacked(moments) for half, moments in found.items()}
+
+    def _stacked(self, by_expert: dict[int, torch.Tensor]) -> torch.Tensor:
+        gone = torch.zeros_like(next(iter(by_expert.values())))
+        return torch.stack([by_expert.get(index, gone) for index in range(self.layer.num_experts)])
 
     def rounding_costs(self, half: str, grids: dict[Scheme, Grid]) -> torch.Tensor:
         """KL per token of rounding each expert's `half`, [experts, len(grids)]: E[(g . (W_b - W) x)^2] / 2."""
         errors = [grid.values() - self.weights(half) for grid in grids.values()]
-        costs = torch.zeros(len(self.experts), len(grids), dtype=torch.float64)
-        for index in range(len(self.experts)):
+        costs = torch.zeros(self.layer.num_experts, len(grids), dtype=torch.float64)
+        for index in self.experts:
             if not self.counts[index]:
                 # No token was routed here: a tiny cost still prefers the codes that round the weights best.
                 costs[index] = torch.tensor([1e-12 * float(error[index].square().mean()) for error in errors])
@@ -106,7 +112,7 @@ class LayerStudy:
         For an expert of `dropped` it is what bringing it back would save; for another, what losing it besides them
         would add: such costs do not add up, so they are estimated anew after each round of dropping.
         """
-        count = len(self.experts)
+        count = self.layer.num_experts
         gone = set(dropped)
         kept = torch.tensor([index not in gone for index in range(count)])
         now = self._masked_losses(kept, torch.arange(self.samples.num_tokens)) if gone else None

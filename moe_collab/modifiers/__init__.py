@@ -6,11 +6,12 @@ from ..checkpoint import ternary_packed
 from .activation_smooth import ActivationSmoothModifier
 from .compat import survive_missing_torchvision
 from .expert_pruning import ExpertPruningModifier
+from .fisher_gptq import FisherGPTQModifier
 from .mixed_bit_alloc import MixedBitAllocModifier
 
-__all__ = ["ActivationSmoothModifier", "ExpertPruningModifier", "MixedBitAllocModifier"]
+__all__ = ["ActivationSmoothModifier", "ExpertPruningModifier", "FisherGPTQModifier", "MixedBitAllocModifier"]
 
 survive_missing_torchvision()
 ternary_packed.register()
-for _modifier in (ExpertPruningModifier, ActivationSmoothModifier, MixedBitAllocModifier):
+for _modifier in (ExpertPruningModifier, ActivationSmoothModifier, MixedBitAllocModifier, FisherGPTQModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)
