@@ -2,12 +2,13 @@
 
 from .experts import ExpertWeights
 from .live import float32_weights, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
-from .samples import LayerSamples, capture
+from .samples import LayerSamples, capture, capture_layers
 
 __all__ = [
     "ExpertWeights",
     "LayerSamples",
     "capture",
+    "capture_layers",
     "float32_weights",
     "inputs_of",
     "log_probabilities",

@@ -8,7 +8,7 @@ the Fisher information, and KL(model || model with error d at the layer's output
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,10 @@ from ..architectures import MoELayer
 from ..errors import MoeCollabError
 from .live import log_probabilities
 
-__all__ = ["LayerSamples", "capture"]
+__all__ = ["LayerSamples", "capture", "capture_layers"]
+
+_CAPTURED_BYTES = 4 << 30
+"""Of calibration tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,19 @@ def capture(
     for name, sample in samples.items():
         _check_finite(name, sample)
     return samples
+
+
+def capture_layers(
+    model: Any, layers: Sequence[MoELayer], batches: Sequence[Mapping[str, torch.Tensor]]
+) -> Iterator[tuple[MoELayer, LayerSamples]]:
+    """Each layer with its samples; as many layers to a pass over the data as fit in memory."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    size = 8 * tokens * int(layers[0].router.weight.shape[-1])  # type: ignore[index]
+    together = max(1, _CAPTURED_BYTES // max(size, 1))
+    for start in range(0, len(layers), together):
+        samples = capture(model, layers[start : start + together], batches)
+        for layer in layers[start : start + together]:
+            yield layer, samples.pop(layer.name)
 
 
 def _capture_batch(

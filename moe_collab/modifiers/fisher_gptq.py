@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme, disable_quantization
 from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -17,7 +16,7 @@ from loguru import logger
 from torch import nn
 
 from ..architectures import MoELayer, describe
-from ..calibration import capture, float32_weights, inputs_of
+from ..calibration import capture_layers, float32_weights, inputs_of
 from ..calibration.study import ExpertGrids, LayerStudy
 from ..errors import MoeCollabError
 from ..formats import DENSE, TERNARY, Scheme
@@ -27,9 +26,6 @@ from .saving import install_save
 from .schemes import is_ternary
 
 __all__ = ["FisherGPTQModifier"]
-
-_CAPTURED_BYTES = 4 << 30
-"""Of calibration tokens at a time; more layers than fit are studied in further passes over the data."""
 
 
 class FisherGPTQModifier(Modifier, QuantizationMixin):
@@ -63,6 +59,8 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
         """Round every module that has a scheme, layer by layer."""
         model, moe = state.model, describe(state.model)
+        # An earlier modifier's pass may have left it on, with scales that nobody has set yet.
+        model.apply(disable_quantization)
         schemes = {name: _scheme_of(module) for name, module in model.named_modules() if _has_scheme(module)}
         for name, module in model.named_modules():
             _check_supported(name, module)
@@ -79,10 +77,8 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         with eval_context(model), float32_weights(model):
             if others:
                 found |= _round_others(model, others, batches, rounder)
-            for layers in _by_memory(moe.layers, batches):
-                samples = capture(model, layers, batches)
-                for layer in layers:
-                    found |= _round_layer(LayerStudy(layer, samples.pop(layer.name)), schemes, rounder)
+            for layer, samples in capture_layers(model, moe.layers, batches):
+                found |= _round_layer(LayerStudy(layer, samples), schemes, rounder)
         for name, grid in found.items():
             _write(model.get_submodule(name), grid)
         self.end_calibration(model)
@@ -114,15 +110,6 @@ def _scheme_of(module: nn.Module) -> Scheme:
     weights = described.weights
     bits = TERNARY if is_ternary(described) else weights.num_bits
     return Scheme(bits, -1 if weights.group_size in (None, -1) else weights.group_size, bool(weights.symmetric))
-
-
-def _by_memory(layers: tuple[MoELayer, ...], batches: list[dict[str, torch.Tensor]]) -> Iterator[list[MoELayer]]:
-    """The layers in runs whose captured tokens fit in memory."""
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    size = tokens * 8 * int(layers[0].router.weight.shape[-1])
-    run = max(1, _CAPTURED_BYTES // size)
-    for start in range(0, len(layers), run):
-        yield list(layers[start : start + run])
 
 
 def _round_layer(study: LayerStudy, schemes: dict[str, Scheme], rounder: Rounder) -> dict[str, Grid]:

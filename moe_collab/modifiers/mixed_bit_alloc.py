@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,11 +18,14 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ..allocation import parse_bytes
 from ..architectures import MoEModel, describe
+from ..calibration import inputs_of
 from ..errors import MoeCollabError
-from ..formats import Scheme
+from ..formats import TERNARY, Scheme
 from ..plan import CompressionPlan, fingerprint
 from .common import check_unquantized, following_quantizers, modifiers_of_this_pass
 from .expert_pruning import ExpertPruningModifier
+from .fisher_costs import Measured, fisher_costs
+from .fisher_gptq import FisherGPTQModifier
 from .planner import Planner, model_fingerprint
 from .propagation import kl_per_squared_error
 from .routing import RoutingTap
@@ -31,7 +35,7 @@ from .sensitivity import Sensitivity
 
 __all__ = ["SUPPORTED_BITS", "MixedBitAllocModifier"]
 
-SUPPORTED_BITS = (2, 3, 4, 5, 6, 8, 16)
+SUPPORTED_BITS = (TERNARY, 2, 3, 4, 5, 6, 8, 16)
 FEW_TOKENS = 32
 """Experts with fewer routed calibration tokens keep a copy of their weights: GPTQ may leave them at zero."""
 
@@ -40,14 +44,15 @@ class MixedBitAllocModifier(Modifier):
     """Choose how many bits each expert tensor gets, so that the checkpoint fits a budget in bytes.
 
     The method is the paper's (arXiv 2509.25689): start at the lowest precision, measure what every upgrade
-    would bring, buy the best gain per byte, back off where the exact size exceeds the budget. The gain is the
+    would bring, spend the bytes where they save most, back off where the exact size exceeds the budget. Before
+    `FisherGPTQModifier` costs are measured in KL with its own rounding; before other quantizers a cost is the
     error at the experts' output on the calibration tokens the router sent there, times what such an error was
     measured to do to the model's predictions (KL), layer by layer. The next quantizer in the recipe, such
     as `GPTQModifier: {ignore: [lm_head]}`, rounds at the chosen bits.
 
     :param budget: size of all `*.safetensors` files together: bytes, `"3.1MB"`, `"103GB"`, `"128GiB"`.
     :param bpw: instead of `budget`, mean bits per routed-expert weight, scales included.
-    :param bits: bit-widths to choose from; 16 leaves a tensor as it is.
+    :param bits: bit-widths to choose from; 16 leaves a tensor as it is; `ternary` needs `FisherGPTQModifier`.
     :param group_size: weights that share a scale; -1 for one scale per output channel.
     :param symmetric: leave out zero points.
     :param fixed: regex of module names -> bits, for any Linear; the first match counts.
@@ -71,15 +76,18 @@ class MixedBitAllocModifier(Modifier):
 
     _moe: MoEModel | None = PrivateAttr(None)
     _sensitivity: Sensitivity | None = PrivateAttr(None)
+    _faithful: bool = PrivateAttr(False)
     _reused: CompressionPlan | None = PrivateAttr(None)
     _originals: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     @field_validator("bits", mode="before")
     @classmethod
     def _known_bits(cls, value: object) -> object:
-        if not isinstance(value, list) or not value or any(b not in SUPPORTED_BITS for b in value):
-            raise ValueError(f"MixedBitAllocModifier.bits: {value!r} must be a list from {list(SUPPORTED_BITS)}")
-        return sorted(set(value))
+        bits = [TERNARY if b == "ternary" else b for b in value] if isinstance(value, list) else []
+        if not bits or any(b not in SUPPORTED_BITS for b in bits):
+            known = ["ternary", *SUPPORTED_BITS[1:]]
+            raise ValueError(f"MixedBitAllocModifier.bits: {value!r} must be a list from {known}")
+        return sorted(set(bits))
 
     @field_validator("fixed")
     @classmethod
@@ -116,6 +124,12 @@ class MixedBitAllocModifier(Modifier):
 
     def _check_quantizer_follows(self) -> None:
         followers = following_quantizers(self)
+        self._faithful = any(isinstance(follower, FisherGPTQModifier) for follower in followers)
+        if TERNARY in self.bits and not self._faithful:
+            raise MoeCollabError(
+                "MixedBitAllocModifier.bits: only FisherGPTQModifier rounds to ternary. Put it after "
+                "MixedBitAllocModifier, or take `ternary` out."
+            )
         if not followers:
             raise MoeCollabError(
                 "MixedBitAllocModifier: no quantizer comes after it in the recipe, so nothing would be rounded. "
@@ -145,8 +159,7 @@ class MixedBitAllocModifier(Modifier):
 
     def _check_budget(self, model: torch.nn.Module) -> None:
         """Raise `MoeCollabError` with the bytes needed if no allocation fits; needs no data."""
-        moe, nothing_measured = describe(model), Sensitivity(self._round, self.bits)
-        Planner(model, moe, self._targets(model), nothing_measured, {}, self).plan("", "")
+        Planner(model, describe(model), self._targets(model), Measured(), {}, self).plan("", "")
 
     def _targets(self, model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
         """Every Linear that may lose bits: routed experts, and whatever `fixed` names."""
@@ -172,6 +185,8 @@ class MixedBitAllocModifier(Modifier):
             logger.info("MixedBitAllocModifier: reusing {}", self.plan)
             return
         self._check_budget(state.model)
+        if self._faithful:
+            return
         self._sensitivity = Sensitivity(self._round, self.bits)
         for layer in self._moe.layers:
             tap = RoutingTap(self, layer)
@@ -201,15 +216,26 @@ class MixedBitAllocModifier(Modifier):
         expect_plan(state.model, plan)
 
     def _decide(self, state: State) -> CompressionPlan:
-        assert self._moe is not None and self._sensitivity is not None
-        for layer in self._moe.layers:
-            self._sensitivity.close(layer)
+        assert self._moe is not None
         model = state.model
-        factors = kl_per_squared_error(model, self._moe, state.data.calib)
-        planner = Planner(model, self._moe, self._targets(model), self._sensitivity, factors, self)
+        measured, factors = self._measure(model, state.data.calib)
+        planner = Planner(model, self._moe, self._targets(model), measured, factors, self)
         plan = planner.plan(model_fingerprint(model), self._recipe_fingerprint())
         planner.report(plan)
         return plan
+
+    def _measure(self, model: torch.nn.Module, data: Iterable[dict]) -> tuple[Measured, dict[str, float]]:
+        """(costs, KL per unit of cost by layer)."""
+        assert self._moe is not None
+        if self._faithful:
+            device = next(model.parameters()).device
+            schemes = {b: Scheme(b, self.group_size, self.symmetric or b == TERNARY) for b in self.bits if b != 16}
+            measured = fisher_costs(model, self._moe, [inputs_of(batch, device) for batch in data], schemes)
+            return measured, dict.fromkeys((layer.name for layer in self._moe.layers), 1.0)
+        assert self._sensitivity is not None
+        for layer in self._moe.layers:
+            self._sensitivity.close(layer)
+        return self._sensitivity.measured, kl_per_squared_error(model, self._moe, data)
 
     def _apply(self, model: torch.nn.Module, plan: CompressionPlan) -> None:
         for name, bits in plan.num_bits.items():

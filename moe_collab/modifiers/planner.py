@@ -7,22 +7,34 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from loguru import logger
 
-from ..allocation import Item, Option, allocate, back_off, parse_bytes, smallest_bytes
+from ..allocation import Item, Option, back_off, parse_bytes, smallest_bytes, solve
 from ..allocation.budget import format_bytes
 from ..architectures import MoEModel, describe
 from ..checkpoint.sizes import TensorEntry, checkpoint_bytes, quantized_entries
 from ..errors import MoeCollabError
+from ..formats import TERNARY
 from ..plan import CompressionPlan, fingerprint
+from .fisher_costs import Measured
 from .naming import checkpoint_entries, checkpoint_names, entry_of
-from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from .mixed_bit_alloc import MixedBitAllocModifier
 
 __all__ = ["Planner", "model_fingerprint"]
+
+
+def _best(items: list[Item], budget: int) -> list[int]:
+    """Index of each item's option in the cheapest allocation found within `budget` bytes."""
+    shape = len(items), max(len(item.options) for item in items)
+    sizes, costs = np.zeros(shape, np.int64), np.full(shape, np.inf)
+    for row, item in enumerate(items):
+        for column, option in enumerate(item.options):
+            sizes[row, column], costs[row, column] = option.size, option.cost
+    return solve(sizes, costs, budget).choice.tolist()
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -43,14 +55,14 @@ class Planner:
         model: torch.nn.Module,
         moe: MoEModel,
         targets: list[tuple[str, torch.nn.Linear]],
-        sensitivity: Sensitivity,
+        measured: Measured,
         factors: dict[str, float],
         recipe: MixedBitAllocModifier,
     ) -> None:
         self._model, self._moe, self._recipe = model, moe, recipe
         self._factors = {n: factors.get(layer.name, 0.0) for layer in moe.layers for n, *_ in layer.projections()}
         self._modules = dict(targets)
-        self._sensitivity = sensitivity
+        self._measured = measured
         self._experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(self._modules)
         self._unquantized = checkpoint_entries(model)
         saved = checkpoint_names(model, list(self._modules))
@@ -80,13 +92,13 @@ class Planner:
             expert_bpw=self._expert_bpw(bits),
             predicted_kl=sum(i.options[c].cost for i, c in zip(self._items, choice, strict=True)),
             num_bits=bits,
-            routed_tokens=self._sensitivity.routed_tokens,
+            routed_tokens=self._measured.routed_tokens,
         )
 
     def report(self, plan: CompressionPlan) -> None:
         """Say what was decided, and which experts the calibration data hardly reached."""
         counts = Counter(plan.num_bits[name] for name in self._experts)
-        spread = ", ".join(f"{n} at {b} bits" for b, n in sorted(counts.items()))
+        spread = ", ".join(f"{n} {'ternary' if b == TERNARY else f'at {b} bits'}" for b, n in sorted(counts.items()))
         logger.info(
             "MixedBitAllocModifier: expert tensors {}; {:.3f} bpw, checkpoint {}",
             spread,
@@ -127,7 +139,7 @@ class Planner:
 
     def _kl(self, name: str, bits: int) -> float:
         """Predicted KL per token of rounding `name`; 0 for what no cost was measured of, such as attention."""
-        return self._factors.get(name, 0.0) * self._sensitivity.costs.get(name, {}).get(bits, 0.0)
+        return self._factors.get(name, 0.0) * self._measured.costs.get(name, {}).get(bits, 0.0)
 
     def _entries(self, name: str, bits: int) -> list[TensorEntry]:
         module = self._modules[name]
@@ -177,7 +189,7 @@ class Planner:
         best = smallest
         room = smallest_bytes(self._items) + budget - floor
         for _ in range(2):
-            choice = allocate(self._items, max(room, smallest_bytes(self._items)))
+            choice = _best(self._items, max(room, smallest_bytes(self._items)))
             # The header's digits depend on the choice, so the exact size is known only now.
             while (excess := self._file_size(self._bits(choice)) - budget) > 0:
                 choice = back_off(self._items, choice, excess)
@@ -197,7 +209,7 @@ class Planner:
                 f"{self._recipe.group_size} need at least {needed:.4f} bits per weight, scales included."
             )
         rest = smallest_bytes(sizes) - smallest_bytes(of_experts)
-        return allocate(sizes, int(bpw * weights / 8) + rest)
+        return _best(sizes, int(bpw * weights / 8) + rest)
 
     def _without_header(self, item: Item, index: int) -> Option:
         option = item.options[index]

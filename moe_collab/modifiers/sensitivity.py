@@ -10,6 +10,7 @@ import torch
 
 from ..architectures import MoELayer
 from ..errors import MoeCollabError
+from .fisher_costs import Measured
 from .routing import RoutingTap
 
 __all__ = ["Sensitivity"]
@@ -41,9 +42,8 @@ class Sensitivity:
         self._round, self._bits = rounder, [b for b in bits if b != 16]
         self._seen: dict[str, list[_Seen]] = {}
         self._tokens: dict[str, int] = {}
-        self.costs: dict[str, dict[int, float]] = {}
-        """Module name -> bits -> mean squared error per token at the output of its layer's experts."""
-        self.routed_tokens: dict[str, list[int]] = {}
+        self.measured = Measured()
+        """Costs are mean squared errors per token at the output of the layer's experts."""
 
     def watch(self, layer: MoELayer) -> None:
         """Begin with one layer."""
@@ -69,13 +69,13 @@ class Sensitivity:
         if layer.name not in self._seen:
             return
         everything = self._seen.pop(layer.name)
-        self.routed_tokens[layer.name] = [seen.total for seen in everything]
+        self.measured.routed_tokens[layer.name] = [seen.total for seen in everything]
         for index, seen in ((live, everything[live]) for live in layer.live_experts):
             for half in _HALVES:
                 costs = self._measure(layer, index, half, seen) if seen.total else self._unseen(layer, index, half)
                 for projection in half:
                     share = {bits: cost / len(half) for bits, cost in costs.items()}
-                    self.costs[f"{layer.experts_name}.{index}.{projection}"] = share
+                    self.measured.costs[f"{layer.experts_name}.{index}.{projection}"] = share
 
     def _measure(self, layer: MoELayer, index: int, half: tuple[str, ...], seen: _Seen) -> dict[int, float]:
         expert = layer.expert(index)

@@ -12,8 +12,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe_collab.architectures import describe
+from moe_collab.modifiers.fisher_costs import Measured
 from moe_collab.modifiers.planner import Planner
-from moe_collab.modifiers.sensitivity import Sensitivity
 from moe_collab.pruning import target_num_experts
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
@@ -65,8 +65,7 @@ def test_is_valid_and_feasible(path, build):
     assert all(list(match_named_modules(model, [f"re:.*{p}"])) for p in allocate.fixed)
     moe = describe(model)
     factors = {layer.name: 1.0 for layer in moe.layers}
-    sensitivity = Sensitivity(lambda weight, bits: weight, allocate.bits)
-    plan = Planner(model, moe, allocate._targets(model), sensitivity, factors, allocate).plan("model", "recipe")
+    plan = Planner(model, moe, allocate._targets(model), Measured(), factors, allocate).plan("model", "recipe")
     if plan.budget_bytes is not None:
         assert plan.predicted_bytes <= plan.budget_bytes
 
