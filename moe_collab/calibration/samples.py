@@ -2,7 +2,8 @@
 
 The loss is the likelihood of tokens drawn from the model's own predictions, so that the expected squared gradient is
 the Fisher information, and KL(model || model with error d at the layer's output) = E[(g . d)^2] / 2 to second order
-(Martens, "New insights and perspectives on the natural gradient method", section 9).
+(Martens, "New insights and perspectives on the natural gradient method", section 9). What an error does by making
+later routers choose otherwise is not seen: on the fixture, rounding all experts costs 1.5 to 1.8 times the prediction.
 """
 
 from __future__ import annotations
