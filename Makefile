@@ -60,7 +60,8 @@ bench-cpu: environments .venv/serve/.bench $(KERNELS)
 	$(COMPRESS)/python -m integration.benchmarks.plot build/bench
 
 fixture: .venv/compress/.ready
-	$(COMPRESS)/python -m integration.fixture.train  qwen3_moe
+	$(COMPRESS)/python -m integration.fixture.train qwen3_moe
+	$(COMPRESS)/python -m integration.fixture.train deepseek_v3
 
 clean:
 	rm -rf .venv build
