@@ -26,7 +26,7 @@ ALLOCATE = {"bpw": 4.0, "group_size": 32}
         ("ActivationSmoothModifier", {"strength": 2}, "less than or equal to 1"),
         ("MixedBitAllocModifier", {"bits": [2, 4]}, "exactly one of `budget`"),
         ("MixedBitAllocModifier", {"budget": "3 parsecs"}, "3 parsecs"),
-        ("MixedBitAllocModifier", {**ALLOCATE, "bits": [1, 2]}, "must be a list from"),
+        ("MixedBitAllocModifier", {**ALLOCATE, "bits": [0, 2]}, "must be a list from"),
         ("MixedBitAllocModifier", {**ALLOCATE, "bits": []}, "must be a list from"),
         ("MixedBitAllocModifier", {**ALLOCATE, "fixed": {"(": 4}}, "is no regex"),
         ("MixedBitAllocModifier", {**ALLOCATE, "fixed": {"x": 7}}, "is not in"),
