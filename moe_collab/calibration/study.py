@@ -112,39 +112,40 @@ class LayerStudy:
         For an expert of `dropped` it is what bringing it back would save; for another, what losing it besides them
         would add: such costs do not add up, so they are estimated anew after each round of dropping.
         """
-        count = self.layer.num_experts
-        gone = set(dropped)
-        kept = torch.tensor([index not in gone for index in range(count)])
-        now = self._masked_losses(kept, torch.arange(self.samples.num_tokens)) if gone else None
-        costs = torch.zeros(count, dtype=torch.float64)
-        for index in range(count):
+        everyone = range(self.layer.num_experts)
+        kept = torch.tensor([index not in dropped for index in everyone])
+        now = self._routing(kept)
+        losses = self._losses(now, torch.arange(self.samples.num_tokens))
+        costs = torch.zeros(len(everyone), dtype=torch.float64)
+        for index in everyone:
             other = kept.clone()
             other[index] = not kept[index]
-            tokens = self._affected(index, kept)
-            if not len(tokens) or not bool(other.any()):
-                continue
-            before = now[tokens] if now is not None else torch.zeros(len(tokens), dtype=torch.float64)
-            difference = float((self._masked_losses(other, tokens) - before).sum()) / self.samples.num_tokens
-            costs[index] = difference if kept[index] else -difference
+            if bool(other.any()):
+                then = self._routing(other)
+                # Dropping an expert may move tokens that never chose it: it counts in its group's score.
+                moved = torch.where(~torch.isclose(now, then, rtol=1e-4, atol=1e-6).all(-1))[0]
+                change = float((self._losses(then, moved) - losses[moved]).sum()) / self.samples.num_tokens
+                costs[index] = change if kept[index] else -change
         return costs.clamp_min(0)
 
-    def _affected(self, index: int, kept: torch.Tensor) -> torch.Tensor:
-        """Tokens whose routing may change when `index` goes, or comes back: those that chose it among all experts."""
-        return torch.where((self.samples.indices == index).any(-1))[0]
+    def _routing(self, kept: torch.Tensor) -> torch.Tensor:
+        """The router's weights with only `kept` to choose from, [tokens, experts], 0 where not chosen."""
+        _, weights, indices = masked_router(self.layer, kept)(self.samples.hidden)
+        return torch.zeros(self.samples.num_tokens, len(kept)).scatter_(1, indices, weights.float())
 
-    def _masked_losses(self, kept: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """(g . change)^2 / 2 of each token when only `kept` experts can be chosen, float64 [len(tokens)]."""
-        hidden = self.samples.hidden[tokens]
-        _, weights, indices = masked_router(self.layer, kept)(hidden)
-        change = self._output(hidden, indices, weights.float())
-        change -= self._output(hidden, self.samples.indices[tokens], self.samples.weights[tokens])
+    def _losses(self, routing: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(g . change)^2 / 2 of each of `tokens` under `routing` [tokens, experts], float64 [len(tokens)]."""
+        before = torch.zeros_like(routing).scatter_(1, self.samples.indices, self.samples.weights)
+        change = self._output(tokens, routing[tokens] - before[tokens])
         return (change * self.samples.gradient[tokens]).sum(-1).double().square() / 2
 
-    def _output(self, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _output(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Sum of the experts' outputs by `weights` [tokens, experts]."""
+        hidden = self.samples.hidden[tokens]
         output = torch.zeros_like(hidden)
-        for index in indices.unique().tolist():
-            tokens, slots = torch.where(indices == index)
-            output.index_add_(0, tokens, self.experts[index](hidden[tokens]) * weights[tokens, slots, None])
+        for index, expert in self.experts.items():
+            chosen = weights[:, index].nonzero().flatten()
+            output.index_add_(0, chosen, expert(hidden[chosen]) * weights[chosen, index, None])
         return output
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization
 from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
@@ -27,6 +28,9 @@ from .schemes import is_ternary
 
 __all__ = ["FisherGPTQModifier"]
 
+_NOWHERE = torch.device("meta")
+"""Of modules without parameters."""
+
 
 class FisherGPTQModifier(Modifier, QuantizationMixin):
     """Round at the schemes chosen before, such as `MixedBitAllocModifier`'s, or at its own as GPTQModifier does.
@@ -46,13 +50,14 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         if state.data is None or state.data.calib is None:
             raise MoeCollabError("FisherGPTQModifier: it needs calibration data. Give oneshot() a dataset.")
         describe(state.model)
-        if any(p.is_meta for p in state.model.parameters()):
+        if any(get_offloaded_device(module, _NOWHERE) == "disk" for module in state.model.modules()):
             raise MoeCollabError(
-                "FisherGPTQModifier: the model is offloaded, and its backward pass needs all weights at hand. "
+                "FisherGPTQModifier: the model is offloaded to disk, and its backward pass needs all weights at hand. "
                 "Load it without offloading, or use GPTQModifier."
             )
         if self.has_config():
             self.initialize_quantization(state.model)
+        _check_schemes(state.model)
         install_save(state.model)
         return True
 
@@ -61,9 +66,8 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         model, moe = state.model, describe(state.model)
         # An earlier modifier's pass may have left it on, with scales that nobody has set yet.
         model.apply(disable_quantization)
+        _check_schemes(model)
         schemes = {name: _scheme_of(module) for name, module in model.named_modules() if _has_scheme(module)}
-        for name, module in model.named_modules():
-            _check_supported(name, module)
         if not schemes:
             raise MoeCollabError(
                 "FisherGPTQModifier: no module has a scheme. Put MixedBitAllocModifier before it, or give it "
@@ -87,22 +91,23 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
 
 def _has_scheme(module: nn.Module) -> bool:
     scheme = getattr(module, "quantization_scheme", None)
-    return isinstance(module, nn.Linear) and scheme is not None and scheme.weights is not None
+    return scheme is not None and scheme.weights is not None
 
 
-def _check_supported(name: str, module: nn.Module) -> None:
-    scheme = getattr(module, "quantization_scheme", None)
-    if scheme is None or scheme.weights is None:
-        return
-    weights = scheme.weights
-    kind, strategy = (str(getattr(value, "value", value)) for value in (weights.type, weights.strategy))
-    weight_only = isinstance(module, nn.Linear) and scheme.input_activations is None
-    if not (weight_only and kind == "int" and strategy in ("group", "channel") and 2 <= weights.num_bits <= 8):
-        raise MoeCollabError(
-            f"{name}: FisherGPTQModifier rounds weights of Linears to integers of 2 to 8 bits, in groups or per "
-            f"channel; its scheme asks for {weights.num_bits}-bit {kind}, strategy {strategy}, or for activations. "
-            "Use GPTQModifier or QuantizationModifier for it."
-        )
+def _check_schemes(model: nn.Module) -> None:
+    """Raise `MoeCollabError` naming a module whose scheme is not ours to round."""
+    for name, module in model.named_modules():
+        if not _has_scheme(module):
+            continue
+        scheme, weights = module.quantization_scheme, module.quantization_scheme.weights
+        kind, strategy = (str(getattr(value, "value", value)) for value in (weights.type, weights.strategy))
+        weight_only = isinstance(module, nn.Linear) and scheme.input_activations is None
+        if not (weight_only and kind == "int" and strategy in ("group", "channel") and 2 <= weights.num_bits <= 8):
+            raise MoeCollabError(
+                f"{name}: FisherGPTQModifier rounds weights of Linears to integers of 2 to 8 bits, in groups or per "
+                f"channel; its scheme asks for {weights.num_bits}-bit {kind}, strategy {strategy}, or for "
+                "activations. Use GPTQModifier or QuantizationModifier for it."
+            )
 
 
 def _scheme_of(module: nn.Module) -> Scheme:
@@ -161,10 +166,14 @@ def _round_others(
         rows = args[0].reshape(-1, args[0].shape[-1]).float()
         moments[name].addmm_(rows.T, rows)
 
+    # During calibration llm-compressor replaces the forward of lm_head, so what it would see is added by hand.
+    heads = [name for name, module in modules.items() if module is model.get_output_embeddings()]
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in modules.items()]
     try:
         for batch in batches:
-            model.base_model(**batch, use_cache=False)
+            hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+            for name in heads:
+                add(name, modules[name], (hidden,))
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from llmcompressor.utils import load_context
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 import moe_collab
 from integration.compress import FIXTURE, calibration, run_oneshot, tokens, uniform_recipe
@@ -62,6 +64,31 @@ def test_experts_without_tokens_are_rounded_and_not_zeroed(tiny, tmp_path):
     assert all(weight.any() for weight in dense)
 
 
-def test_activation_schemes_are_refused(tiny):
+def test_a_model_on_disk_is_refused_before_calibration(tiny, tmp_path):
+    with load_context():
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny("qwen3_moe"), device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(tmp_path)
+        )
+    with pytest.raises(MoeCollabError, match="offloaded to disk"):
+        run(model, {"FisherGPTQModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}})
+
+
+def test_lm_head_is_rounded_by_what_it_sees(tiny, tmp_path):
+    scheme = {"config_groups": {"head": {"targets": ["re:.*lm_head$"], "weights": {"num_bits": 3, "group_size": 64}}}}
+    scheme["config_groups"]["head"]["weights"] |= {"strategy": "group", "symmetric": True}
+    losses = {}
+    with load_context():
+        base = AutoModelForCausalLM.from_pretrained(tiny("qwen3_moe"), dtype=torch.float32)
+    ids = torch.stack([row["input_ids"] for row in samples().dataset])
+    with torch.no_grad():
+        hidden = base.model(ids).last_hidden_state.flatten(0, 1)
+    for name in ("FisherGPTQModifier", "QuantizationModifier"):
+        run(tiny("qwen3_moe"), {name: scheme}, output=tmp_path / name)
+        head = moe_collab.load(tmp_path / name, dtype=torch.float32).lm_head.weight
+        losses[name] = float((hidden @ (head - base.lm_head.weight).T).square().mean())
+    assert losses["FisherGPTQModifier"] < 0.8 * losses["QuantizationModifier"]
+
+
+def test_activation_schemes_are_refused_before_calibration(tiny):
     with pytest.raises(MoeCollabError, match="Use GPTQModifier"):
         run(tiny("qwen3_moe"), {"FisherGPTQModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W8A8"}})
