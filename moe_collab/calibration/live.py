@@ -51,10 +51,21 @@ def masked_routers(moe: MoEModel, kept: Mapping[str, torch.Tensor]) -> Iterator[
     with ExitStack() as stack:
         for layer in moe.layers:
             if layer.name in kept and not bool(kept[layer.name].all()):
-                router = masked_router(layer, kept[layer.name])
-                stack.callback(setattr, layer.router, "forward", layer.router.forward)
-                layer.router.forward = router  # type: ignore[method-assign]
+                stack.enter_context(_replaced_forward(layer.router, masked_router(layer, kept[layer.name])))
         yield
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    before = module.__dict__.get("forward")  # another tool may have replaced it too
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:

@@ -29,6 +29,8 @@ __all__ = ["Planner", "model_fingerprint"]
 
 def _best(items: list[Item], budget: int) -> list[int]:
     """Index of each item's option in the cheapest allocation found within `budget` bytes."""
+    if not items:  # `ignore` names everything
+        return []
     shape = len(items), max(len(item.options) for item in items)
     sizes, costs = np.zeros(shape, np.int64), np.full(shape, np.inf)
     for row, item in enumerate(items):

@@ -58,7 +58,7 @@ def test_weights_are_as_they_were(model, batches):
 def test_masked_routers_never_choose_the_dropped(model, batches):
     moe = describe(model)
     kept = {layer.name: torch.arange(16) % 3 != 0 for layer in moe.layers}
-    chosen = []
+    chosen, before = [], [vars(layer.router).get("forward") for layer in moe.layers]
     handles = [
         layer.router.register_forward_hook(lambda _m, _a, out: chosen.append(out[2].unique())) for layer in moe.layers
     ]
@@ -67,6 +67,7 @@ def test_masked_routers_never_choose_the_dropped(model, batches):
     for handle in handles:
         handle.remove()
     assert all((ids % 3 != 0).all() for ids in chosen) and len(chosen) == len(moe.layers)
+    assert [vars(layer.router).get("forward") for layer in moe.layers] == before
 
 
 def test_losing_an_expert_costs_more_the_more_of_them_are_gone(model, batches):
