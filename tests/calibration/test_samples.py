@@ -9,6 +9,7 @@ from integration.compress import FIXTURE, tokens
 from moe_collab.architectures import describe
 from moe_collab.calibration import capture, float32_weights, log_probabilities, masked_routers, mean_kl
 from moe_collab.calibration.study import LayerStudy
+from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.errors import MoeCollabError
 
 
@@ -19,7 +20,8 @@ def model():
 
     import moe_collab  # noqa: F401
 
-    with load_context():
+    # load_context() would leave its way of loading experts behind for every later test of this process.
+    with stock_conversions(), load_context():
         return AutoModelForCausalLM.from_pretrained(FIXTURE, dtype="auto").eval()
 
 
