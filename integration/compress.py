@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -30,9 +31,10 @@ def tokens(split: str, model: Path = FIXTURE) -> torch.Tensor:
     return load_file(model.with_name(f"{model.name}_tokens.safetensors"))[split].long()
 
 
-def calibration(rows: int | None = None, batch_size: int = 8) -> DataLoader:
+def calibration(rows: int | None = None, batch_size: int = 8, model: Path = FIXTURE) -> DataLoader:
     """The fixture's calibration sequences as oneshot() takes them."""
-    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens("calibration")[:rows]]
+    chosen = tokens("calibration", model)[:rows]
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in chosen]
     return DataLoader(samples, batch_size=batch_size)
 
 
@@ -51,24 +53,18 @@ uniform_stage:
 """
 
 
-def mixed_recipe(budget: int, plan: Path, group_size: int = 128) -> str:
-    """Ours at a budget in bytes, rounded by the same stock GPTQ."""
-    return f"""
-mixed_stage:
-  alloc_modifiers:
-    MixedBitAllocModifier:
-      budget: {budget}
-      bits: [2, 3, 4, 5, 6, 8, 16]
-      group_size: {group_size}
-      granularity: projection
-      plan: {plan}
-  quant_modifiers:
-    GPTQModifier: {{ignore: [lm_head]}}
-"""
+def mixed_recipe(tuning_steps: int = 0, **fields) -> str:
+    """Ours with every option there is; `fields` of MixedBitAllocModifier such as `budget`, `plan` and `costs`."""
+    allocate = {"bits": ["ternary", 2, 3, 4, 5, 6, 8], "group_size": [32, 64, 128]} | fields
+    stage = {
+        "alloc_modifiers": {"MixedBitAllocModifier": allocate},
+        "quant_modifiers": {"FisherGPTQModifier": {"ignore": ["lm_head"], "tuning_steps": tuning_steps}},
+    }
+    return yaml.safe_dump({"mixed_stage": stage}, sort_keys=False)
 
 
 def run_oneshot(recipe: str, output: Path, source: Path = FIXTURE, data: DataLoader | None = None, **options) -> None:
-    """Load `source`, run `recipe` on the calibration data, save to `output`."""
+    """Load `source`, run `recipe` on its calibration data, save to `output`."""
     from llmcompressor import oneshot
     from llmcompressor.utils import load_context
     from transformers import AutoModelForCausalLM
@@ -79,7 +75,7 @@ def run_oneshot(recipe: str, output: Path, source: Path = FIXTURE, data: DataLoa
         model=model,
         tokenizer=str(source),
         recipe=recipe,
-        dataset=data or calibration(),
+        dataset=data or calibration(model=source),
         output_dir=str(output),
         **options,
     )

@@ -33,6 +33,7 @@ from .server import serve
 UNIFORM = {"4bit-g128": (4, 128), "3bit-g128": (3, 128), "2bit-g128": (2, 128), "2bit-g32": (2, 32)}
 EQUAL_SIZES = ("3bit-g128", "2bit-g32")
 PROMPT = "And God said unto"
+TUNING_STEPS = 200
 SERVED = "moe-collab-at-3bit-g128"
 
 
@@ -93,7 +94,9 @@ def make(name: str, output: Path) -> tuple[Path, int | None]:
     plan = output / f"{name}.plan.json"
     # The budget is the uniform checkpoint's size, which a change of this code may move: plan anew.
     plan.unlink(missing_ok=True)
-    run_oneshot(mixed_recipe(checkpoint_size(output / f"uniform-{size}"), plan), path)
+    budget = checkpoint_size(output / f"uniform-{size}")
+    costs = output / "costs.json"
+    run_oneshot(mixed_recipe(TUNING_STEPS, budget=budget, plan=str(plan), costs=str(costs)), path)
     return path, CompressionPlan.load(plan).predicted_bytes
 
 

@@ -4,48 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .checkpoint.atomic import replace_text
 from .errors import MoeCollabError
+from .formats import Scheme
 
 __all__ = ["CompressionPlan", "fingerprint"]
 
 
 class CompressionPlan(BaseModel):
-    """Which tensors get how many bits, and the exact size of the checkpoint that follows."""
+    """Which experts go, how every other tensor is stored, and the exact size of the checkpoint that follows."""
 
     model_config = ConfigDict(extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model_fingerprint: str
     recipe_fingerprint: str
     num_experts: int = Field(ge=1)
+    """Per layer, as the saved config will say."""
     num_experts_per_tok: int = Field(ge=1)
-    group_size: int
-    symmetric: bool
+    pruning: Literal["none", "physical", "masked"] = "none"
+    dropped: dict[str, list[int]] = Field(default_factory=dict)
+    """MoE layer name -> experts that go, by their indices before."""
+    schemes: dict[str, str]
+    """Module name, before experts go -> how its weight is stored: "int3-g128-asym", "ternary-g64", "dense"."""
     budget_bytes: int | None = None
     budget_bpw: float | None = None
     predicted_bytes: int = Field(gt=0)
     expert_bpw: float = Field(gt=0)
+    """Bits per weight of the routed experts that there were before."""
     predicted_kl: float = Field(ge=0)
-    """Sum of the measured costs: an estimate, in nats per token."""
-    num_bits: dict[str, int]
-    """Module name -> bits of its weight; 16 = as it was."""
+    """Sum of the measured costs, in nats per token: an estimate."""
+    bound_kl: float = Field(ge=0)
+    """No allocation of these options within the budget has a smaller sum of costs."""
+    heldout_kl: float | None = None
+    """Measured on held-out calibration tokens with weights rounded on trial."""
+    uniform: str | None = None
+    """The best scheme that fits the budget for all routed experts alike."""
+    uniform_kl: float | None = None
+    """The same measure for it."""
     routed_tokens: dict[str, list[int]]
     """MoE layer name -> calibration tokens routed to each expert."""
 
+    def parsed(self) -> dict[str, Scheme]:
+        """Module name -> scheme."""
+        return {name: Scheme.parse(text) for name, text in self.schemes.items()}
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; beside first, then renamed, so that no half plan is ever found."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(partial, path)
+        """Write the plan as JSON."""
+        replace_text(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionPlan:

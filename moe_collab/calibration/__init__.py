@@ -1,18 +1,22 @@
-"""What calibration tokens tell about routed experts: whom they reach, and what an error there costs."""
+"""What calibration tokens tell of a model's matrices: whom they reach, what errors there cost, how to round them."""
 
 from .experts import ExpertWeights
 from .live import float32_weights, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
+from .rounding import Trial, kept_masks, round_model
 from .samples import LayerSamples, capture, capture_layers
 
 __all__ = [
     "ExpertWeights",
     "LayerSamples",
+    "Trial",
     "capture",
     "capture_layers",
     "float32_weights",
     "inputs_of",
+    "kept_masks",
     "log_probabilities",
     "masked_routers",
     "mean_kl",
     "replaced_weights",
+    "round_model",
 ]

@@ -12,7 +12,16 @@ from torch import nn
 
 from ..architectures import MASKED_BIAS, MoELayer, MoEModel
 
-__all__ = ["float32_weights", "inputs_of", "log_probabilities", "masked_routers", "mean_kl", "replaced_weights"]
+__all__ = [
+    "float32_weights",
+    "inputs_of",
+    "log_probabilities",
+    "masked_routers",
+    "mean_kl",
+    "predict",
+    "replaced_forward",
+    "replaced_weights",
+]
 
 
 @contextmanager
@@ -51,12 +60,13 @@ def masked_routers(moe: MoEModel, kept: Mapping[str, torch.Tensor]) -> Iterator[
     with ExitStack() as stack:
         for layer in moe.layers:
             if layer.name in kept and not bool(kept[layer.name].all()):
-                stack.enter_context(_replaced_forward(layer.router, masked_router(layer, kept[layer.name])))
+                stack.enter_context(replaced_forward(layer.router, masked_router(layer, kept[layer.name])))
         yield
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let `module` compute `forward` within the block."""
     before = module.__dict__.get("forward")  # another tool may have replaced it too
     module.__dict__["forward"] = forward
     try:
@@ -99,14 +109,19 @@ def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch
     return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
 
 
-def log_probabilities(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Next-token log-probabilities of every position but the last, float32 [rows, length - 1, vocabulary].
+def predict(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input of lm_head, logits) of every position but the last, [rows, length - 1, ...].
 
     During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here.
     """
     hidden = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
-    return nn.functional.linear(hidden, head.weight, head.bias).float().log_softmax(-1)
+    return hidden, nn.functional.linear(hidden, head.weight, head.bias)
+
+
+def log_probabilities(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Next-token log-probabilities of every position but the last, float32 [rows, length - 1, vocabulary]."""
+    return predict(model, batch)[1].float().log_softmax(-1)
 
 
 @torch.no_grad()

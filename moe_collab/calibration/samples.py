@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 
 from ..architectures import MoELayer
 from ..errors import MoeCollabError
-from .live import log_probabilities
+from .live import predict
 
-__all__ = ["LayerSamples", "capture", "capture_layers"]
+__all__ = ["LayerSamples", "backward", "capture", "capture_layers", "frozen"]
 
 _CAPTURED_BYTES = 4 << 30
 """Of calibration tokens at a time."""
@@ -66,19 +67,26 @@ def capture(
     """
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(model):
         for batch in batches:
             _capture_batch(model, layers, batch, generator, parts)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     samples = {name: LayerSamples(*map(torch.cat, zip(*seen, strict=True))) for name, seen in parts.items()}
     for name, sample in samples.items():
         _check_finite(name, sample)
     return samples
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter takes gradients within the block."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def capture_layers(
@@ -105,24 +113,11 @@ def _capture_batch(
     handles = [
         layer.experts.register_forward_hook(partial(_see, seen, layer.name), with_kwargs=True) for layer in layers
     ]
-    # The first layer's input has to require gradients for any layer's output to have them.
-    embedding = model.get_input_embeddings()
-    handles.append(embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_()))
     try:
-        with torch.enable_grad():
-            logp = log_probabilities(model, batch)
-            drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
-            valid = (
-                batch["attention_mask"].bool()
-                if "attention_mask" in batch
-                else torch.ones_like(batch["input_ids"]).bool()
-            )
-            losses = -logp.flatten(0, 1).gather(1, drawn)[valid[:, 1:].flatten()]
-            losses.sum().backward()
+        chosen = backward(model, batch, generator).flatten()
     finally:
         for handle in handles:
             handle.remove()
-    chosen = valid.flatten()
     for name, (hidden, indices, weights, output) in seen.items():
         assert output.grad is not None
         columns = (
@@ -132,6 +127,38 @@ def _capture_batch(
             output.grad.float().reshape(-1, hidden.shape[-1]),
         )
         parts[name].append(tuple(column[chosen] for column in columns))
+
+
+def backward(
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    generator: torch.Generator,
+    head: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Backward pass of the likelihood of tokens drawn from the predictions; which tokens are no padding [rows, length].
+
+    Gradients arrive at what hooks retain. `head` receives `inputs` and `gradient` of lm_head, [tokens, ...].
+    """
+    # The first layer's input has to require gradients for any layer's output to have them.
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
+    try:
+        with torch.enable_grad():
+            hidden, logits = predict(model, batch)
+            logits.retain_grad()
+            logp = logits.float().log_softmax(-1)
+            drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
+            following = valid[:, 1:].flatten()
+            (-logp.flatten(0, 1).gather(1, drawn)[following]).sum().backward()
+    finally:
+        handle.remove()
+    if head is not None:
+        assert logits.grad is not None
+        head["inputs"] = hidden.detach().flatten(0, 1)[following]
+        head["gradient"] = logits.grad.flatten(0, 1)[following]
+    return valid
 
 
 def _see(seen: dict, name: str, _module: Any, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:

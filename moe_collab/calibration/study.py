@@ -16,15 +16,13 @@ from ..formats import Scheme
 from ..rounding import Grid, Rounder
 from .experts import ExpertWeights
 from .live import masked_router
+from .moments import second_moments
 from .samples import LayerSamples
 
 __all__ = ["HALVES", "ExpertGrids", "LayerStudy"]
 
 HALVES = ("gate_up", "down")
 """What shares a scheme: an expert's gate_proj and up_proj, one fused matrix; its down_proj."""
-
-ROW_BLOCKS = 4
-"""Blocks of output rows that get a second moment each, their tokens weighted by the block's own gradients."""
 
 FEW_TOKENS = 32
 """With fewer routed tokens an expert's down_proj is not refitted: it would be fitted to noise."""
@@ -78,31 +76,29 @@ class LayerStudy:
         found: dict[str, dict[int, torch.Tensor]] = {half: {} for half in HALVES}
         for index in self.experts:
             seen = self.traffic(index)
-            found["gate_up"][index] = weighted_moments(seen.hidden, seen.gate_up_gradient)
-            found["down"][index] = weighted_moments(seen.inner, seen.down_gradient)
+            found["gate_up"][index] = second_moments(seen.hidden, seen.gate_up_gradient)
+            found["down"][index] = second_moments(seen.inner, seen.down_gradient)
         return {half: self._stacked(moments) for half, moments in found.items()}
 
     def _stacked(self, by_expert: dict[int, torch.Tensor]) -> torch.Tensor:
         gone = torch.zeros_like(next(iter(by_expert.values())))
         return torch.stack([by_expert.get(index, gone) for index in range(self.layer.num_experts)])
 
-    def rounding_costs(self, half: str, grids: dict[Scheme, Grid]) -> torch.Tensor:
-        """KL per token of rounding each expert's `half`, [experts, len(grids)]: E[(g . (W_b - W) x)^2] / 2."""
-        errors = [grid.values() - self.weights(half) for grid in grids.values()]
-        costs = torch.zeros(self.layer.num_experts, len(grids), dtype=torch.float64)
+    def rounding_cost(self, half: str, grid: Grid) -> torch.Tensor:
+        """KL per token of rounding each expert's `half`, [experts]: E[(g . (W_b - W) x)^2] / 2."""
+        error = grid.values() - self.weights(half)
+        costs = torch.zeros(self.layer.num_experts, dtype=torch.float64)
         for index in self.experts:
             if not self.counts[index]:
                 # No token was routed here: a tiny cost still prefers the codes that round the weights best.
-                costs[index] = torch.tensor([1e-12 * float(error[index].square().mean()) for error in errors])
+                costs[index] = 1e-12 * float(error[index].square().mean())
                 continue
             seen = self.traffic(index, COST_TOKENS)
             inputs, gradient = (
                 (seen.hidden, seen.gate_up_gradient) if half == "gate_up" else (seen.inner, seen.down_gradient)
             )
-            for column, error in enumerate(errors):
-                change = (linear(inputs, error[index]) * gradient).sum(-1)
-                costs[index, column] = change.double().square().mean()
-            costs[index] *= float(self.counts[index]) / self.samples.num_tokens / 2
+            change = (linear(inputs, error[index]) * gradient).sum(-1)
+            costs[index] = change.double().square().mean() * float(self.counts[index]) / self.samples.num_tokens / 2
         return costs
 
     @torch.no_grad()
@@ -127,6 +123,15 @@ class LayerStudy:
                 change = float((self._losses(then, moved) - losses[moved]).sum()) / self.samples.num_tokens
                 costs[index] = change if kept[index] else -change
         return costs.clamp_min(0)
+
+    @torch.no_grad()
+    def dropping_loss(self, dropped: Sequence[int]) -> float:
+        """KL per token of losing the experts `dropped` together, the router choosing among the rest."""
+        if not dropped:
+            return 0.0
+        kept = torch.tensor([index not in dropped for index in range(self.layer.num_experts)])
+        losses = self._losses(self._routing(kept), torch.arange(self.samples.num_tokens))
+        return float(losses.sum()) / self.samples.num_tokens
 
     def _routing(self, kept: torch.Tensor) -> torch.Tensor:
         """The router's weights with only `kept` to choose from, [tokens, experts], 0 where not chosen."""
@@ -161,7 +166,7 @@ class LayerStudy:
         matrix = (inner * weighing).T @ inner
         matrix += torch.diag(0.03 * matrix.diagonal().mean().clamp_min(1e-20).expand(len(matrix)))
         target = inner.T @ ((seen.inner - inner) * weighing)
-        return own.down + own.down @ torch.linalg.solve(matrix, target).T, weighted_moments(inner, seen.down_gradient)
+        return own.down + own.down @ torch.linalg.solve(matrix, target).T, second_moments(inner, seen.down_gradient)
 
     def round_all(
         self,
@@ -196,19 +201,3 @@ def _alike(schemes: Mapping[int, tuple[Scheme, Scheme]], half: int) -> dict[Sche
         if pair[half].is_packed:
             members.setdefault(pair[half], []).append(index)
     return members
-
-
-def weighted_moments(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Second moments of `inputs` [tokens, columns], a token weighted by its squared gradient in each block of rows.
-
-    [row blocks, columns, columns], scaled to a mean diagonal of 1, with a trace of the identity: experts that hardly
-    any token reaches are rounded to nearest rather than to zero.
-    """
-    columns, rows = inputs.shape[1], gradients.shape[1]
-    blocks = ROW_BLOCKS if rows % ROW_BLOCKS == 0 else 1
-    found = []
-    for part in gradients.chunk(blocks, -1):
-        moment = (inputs * part.square().sum(-1, keepdim=True)).T @ inputs
-        scale = moment.diagonal().mean()
-        found.append(moment / scale if scale > 0 else torch.eye(columns))
-    return torch.stack(found) + 1e-6 * torch.eye(columns)

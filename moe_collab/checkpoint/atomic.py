@@ -1,4 +1,4 @@
-"""A directory that is either the old one or the complete new one, never half of each."""
+"""A file or directory that is either the old one or the complete new one, never half of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 
 from ..errors import MoeCollabError
 
-__all__ = ["replace_directory"]
+__all__ = ["replace_directory", "replace_text"]
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Write `text` beside `path`, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 @contextmanager

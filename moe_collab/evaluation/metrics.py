@@ -13,11 +13,17 @@ __all__ = ["Evaluation", "evaluate", "log_probabilities"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all predicted tokens: perplexity, KL(base || model) in nats, share of equal top-1 tokens."""
+    """Means over all predicted tokens."""
 
     perplexity: float
     kl: float
+    """KL(base || model), nats."""
     top1: float
+    """Share of tokens where the model's most likely token is the base's."""
+    accuracy: float
+    """Share of tokens where it is the text's."""
+    kl_by_row: torch.Tensor
+    """Mean KL of each sequence, float64 [rows]: what the noise of `kl` is judged by."""
 
 
 @torch.no_grad()
@@ -29,11 +35,14 @@ def log_probabilities(model: Any, tokens: torch.Tensor, batch_size: int = 16) ->
 
 def evaluate(model: Any, tokens: torch.Tensor, base: torch.Tensor, batch_size: int = 16) -> Evaluation:
     """Compare `model` on `tokens` [rows, length] with `base`, the base model's `log_probabilities` on them."""
-    loss = divergence = agreement = 0.0
+    loss = agreement = right = 0.0
+    by_row = []
     for ids, reference in zip(tokens.long().split(batch_size), base.split(batch_size), strict=True):
         found = log_probabilities(model, ids, batch_size)
         loss -= found.gather(-1, ids[:, 1:, None]).sum().item()
-        divergence += (reference.exp() * (reference - found)).sum().item()
-        agreement += (reference.argmax(-1) == found.argmax(-1)).sum().item()
-    count = tokens[:, 1:].numel()
-    return Evaluation(math.exp(loss / count), divergence / count, agreement / count)
+        by_row.append((reference.exp() * (reference - found)).sum(-1).double().mean(-1))
+        likeliest = found.argmax(-1)
+        agreement += (reference.argmax(-1) == likeliest).sum().item()
+        right += (likeliest == ids[:, 1:]).sum().item()
+    count, rows = tokens[:, 1:].numel(), torch.cat(by_row)
+    return Evaluation(math.exp(loss / count), float(rows.mean()), agreement / count, right / count, rows)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization
@@ -14,13 +11,14 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.utils.helpers import eval_context
 from loguru import logger
+from pydantic import Field, PrivateAttr
 from torch import nn
 
-from ..architectures import MoELayer, describe
-from ..calibration import capture_layers, float32_weights, inputs_of
-from ..calibration.study import ExpertGrids, LayerStudy
+from ..architectures import describe
+from ..calibration import float32_weights, inputs_of, round_model
+from ..calibration.tuning import Lessons, teach, tune_scales
 from ..errors import MoeCollabError
-from ..formats import DENSE, TERNARY, Scheme
+from ..formats import TERNARY, Scheme
 from ..rounding import Grid, Rounder
 from .common import check_unquantized
 from .saving import install_save
@@ -37,12 +35,19 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
 
     Tokens weigh by the Fisher information of the model's predictions, seen in one backward pass, and an expert's
     tokens are those really routed to it. Scales are searched and refitted, codes found by error feedback and then
-    coordinate descent, and an expert's down_proj makes up for its rounded gate and up. Other Linears with a scheme are
-    rounded by the plain second moment of their inputs.
+    coordinate descent, and an expert's down_proj makes up for its rounded gate and up.
+
+    :param tuning_steps: afterwards, steps of Adam on the scales towards the original model's predictions; some hundred
+        bring most at 2 to 3 bits. Kept only if KL on held-out calibration tokens falls.
     """
 
     requires_calibration_data: bool = False
     """The passes it needs, backward ones too, are its own."""
+
+    tuning_steps: int = Field(0, ge=0)
+
+    _lessons: Lessons | None = PrivateAttr(None)
+    """The original's predictions, where an earlier modifier saw the model before it changed it."""
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""
@@ -75,18 +80,28 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
             )
         device = next(model.parameters()).device
         batches = [inputs_of(batch, device) for batch in state.data.calib]
-        experts = {name for layer in moe.layers for name, *_ in layer.projections()}
-        others = {name: scheme for name, scheme in schemes.items() if name not in experts}
-        rounder, found = Rounder(scale_dtype=model.dtype), {}
-        with eval_context(model), float32_weights(model):
-            if others:
-                found |= _round_others(model, others, batches, rounder)
-            for layer, samples in capture_layers(model, moe.layers, batches):
-                found |= _round_layer(LayerStudy(layer, samples), schemes, rounder)
+        with eval_context(model):
+            lessons = self._lessons or (teach(model, batches) if self.tuning_steps else None)
+            with float32_weights(model):
+                found = round_model(model, moe, schemes, batches, Rounder(scale_dtype=model.dtype))
+            if lessons:
+                found = self._tuned(model, found, lessons)
         for name, grid in found.items():
             _write(model.get_submodule(name), grid)
         self.end_calibration(model)
+        self._lessons = None
         logger.info("FisherGPTQModifier: rounded {} tensors", len(found))
+
+    def _tuned(self, model: nn.Module, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
+        tuned = tune_scales(model, grids, lessons, self.tuning_steps, model.dtype)
+        logger.info(
+            "FisherGPTQModifier: {} steps of tuning brought KL on held-out tokens from {:.4f} to {:.4f}{}",
+            self.tuning_steps,
+            tuned.before,
+            tuned.after,
+            "" if tuned.after < tuned.before else "; scales stay as they were",
+        )
+        return tuned.grids
 
 
 def _has_scheme(module: nn.Module) -> bool:
@@ -115,73 +130,6 @@ def _scheme_of(module: nn.Module) -> Scheme:
     weights = described.weights
     bits = TERNARY if is_ternary(described) else weights.num_bits
     return Scheme(bits, -1 if weights.group_size in (None, -1) else weights.group_size, bool(weights.symmetric))
-
-
-def _round_layer(study: LayerStudy, schemes: dict[str, Scheme], rounder: Rounder) -> dict[str, Grid]:
-    """Module name -> grid of one layer's experts."""
-    layer = study.layer
-    wanted = {index: _pair(layer, index, schemes) for index in layer.live_experts}
-    if all(pair == (DENSE, DENSE) for pair in wanted.values()):
-        return {}
-    found: dict[str, Grid] = {}
-    for index, grids in study.round_all(rounder, study.moments(), wanted).items():
-        found |= _split(f"{layer.experts_name}.{index}", grids)
-    unseen = [index for index in layer.live_experts if not study.counts[index]]
-    if unseen:
-        logger.warning("{}: no calibration token was routed to experts {}", layer.name, unseen)
-    return found
-
-
-def _pair(layer: MoELayer, index: int, schemes: dict[str, Scheme]) -> tuple[Scheme, Scheme]:
-    gate, up, down = (
-        schemes.get(f"{layer.experts_name}.{index}.{p}", DENSE) for p in ("gate_proj", "up_proj", "down_proj")
-    )
-    if gate != up:
-        raise MoeCollabError(
-            f"{layer.experts_name}.{index}: gate_proj is to be {gate}, up_proj {up}; they are one fused matrix and "
-            "need one scheme."
-        )
-    return gate, down
-
-
-def _split(expert: str, grids: ExpertGrids) -> dict[str, Grid]:
-    found = {}
-    if grids.gate_up is not None:
-        gate, up = (grids.gate_up.reshaped(2).select(half) for half in (0, 1))
-        found |= {f"{expert}.gate_proj": gate, f"{expert}.up_proj": up}
-    if grids.down is not None:
-        found[f"{expert}.down_proj"] = grids.down
-    return found
-
-
-@torch.no_grad()
-def _round_others(
-    model: Any, schemes: dict[str, Scheme], batches: list[dict[str, torch.Tensor]], rounder: Rounder
-) -> dict[str, Grid]:
-    """Round Linears outside the experts by the second moment of their inputs."""
-    modules = {name: model.get_submodule(name) for name in schemes}
-    moments = {name: torch.zeros(m.in_features, m.in_features) for name, m in modules.items()}
-
-    def add(name: str, _module: nn.Module, args: tuple) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1]).float()
-        moments[name].addmm_(rows.T, rows)
-
-    # During calibration llm-compressor replaces the forward of lm_head, so what it would see is added by hand.
-    heads = [name for name, module in modules.items() if module is model.get_output_embeddings()]
-    handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in modules.items()]
-    try:
-        for batch in batches:
-            hidden = model.base_model(**batch, use_cache=False).last_hidden_state
-            for name in heads:
-                add(name, modules[name], (hidden,))
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {}
-    for name, module in modules.items():
-        moment = moments[name] + 1e-6 * torch.eye(module.in_features)
-        found[name] = rounder(module.weight.detach()[None], moment[None, None], schemes[name])
-    return found
 
 
 @torch.no_grad()

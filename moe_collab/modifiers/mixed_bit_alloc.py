@@ -1,64 +1,91 @@
-"""`MixedBitAllocModifier`: a bit-width per expert tensor, under a budget in bytes."""
+"""`MixedBitAllocModifier`: a bit-width per expert tensor, no bits at all included, under a budget in bytes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.utils.helpers import eval_context
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from ..allocation import parse_bytes
+from ..allocation.memory import weights_budget
 from ..architectures import MoEModel, describe
 from ..calibration import inputs_of
+from ..calibration.costs import CostTable
+from ..calibration.tuning import teach
 from ..errors import MoeCollabError
-from ..formats import TERNARY, Scheme
+from ..formats import DENSE, TERNARY, Scheme
 from ..plan import CompressionPlan, fingerprint
+from ..pruning import check_mask
+from ..rounding import Rounder
 from .common import check_unquantized, following_quantizers, modifiers_of_this_pass
 from .expert_pruning import ExpertPruningModifier
-from .fisher_costs import Measured, fisher_costs
 from .fisher_gptq import FisherGPTQModifier
+from .notices import coverage, outcome
 from .planner import Planner, model_fingerprint
 from .propagation import kl_per_squared_error
 from .routing import RoutingTap
 from .saving import expect_plan, install_save
 from .schemes import attach_scheme, is_sound, round_in_place, rounded, weight_arguments
+from .search import Found, Search
 from .sensitivity import Sensitivity
+from .surgery import keep_experts, mask_experts
 
 __all__ = ["SUPPORTED_BITS", "MixedBitAllocModifier"]
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
 
 SUPPORTED_BITS = (TERNARY, 2, 3, 4, 5, 6, 8, 16)
 FEW_TOKENS = 32
 """Experts with fewer routed calibration tokens keep a copy of their weights: GPTQ may leave them at zero."""
 
+_ASYMMETRIC_BITS = 4
+"""Widths up to which zero points are worth their bytes."""
+_FEWEST_ROWS = 16
+"""Rows of a matrix; vLLM wants smaller ones, such as the gate of a shared expert, unquantized."""
+_NOWHERE = torch.device("meta")
+"""Of modules without parameters."""
+
 
 class MixedBitAllocModifier(Modifier):
-    """Choose how many bits each expert tensor gets, so that the checkpoint fits a budget in bytes.
+    """Choose how each expert tensor is stored, or that an expert goes, so that the checkpoint fits a budget in bytes.
 
-    The method is the paper's (arXiv 2509.25689): start at the lowest precision, measure what every upgrade
-    would bring, spend the bytes where they save most, back off where the exact size exceeds the budget. Before
-    `FisherGPTQModifier` costs are measured in KL with its own rounding; before other quantizers a cost is the
-    error at the experts' output on the calibration tokens the router sent there, times what such an error was
-    measured to do to the model's predictions (KL), layer by layer. The next quantizer in the recipe, such
-    as `GPTQModifier: {ignore: [lm_head]}`, rounds at the chosen bits.
+    One multiple-choice knapsack over all experts, after the paper's search (arXiv 2509.25689): costs in KL are
+    measured in a forward and a backward pass with the rounding that will be used, `FisherGPTQModifier`'s if it comes
+    next in the recipe, to nearest before others such as `GPTQModifier: {ignore: [lm_head]}`. On held-out calibration
+    tokens the decision is compared with the best uniform scheme that fits, and gives way to it if it is no better.
 
     :param budget: size of all `*.safetensors` files together: bytes, `"3.1MB"`, `"103GB"`, `"128GiB"`.
     :param bpw: instead of `budget`, mean bits per routed-expert weight, scales included.
+    :param fit: instead of `budget`, memory of the machine that will serve: weights, KV cache of `concurrency` requests
+        of `context` tokens, activations and runtime together.
+    :param max_kl: KL on held-out tokens that may not be exceeded, nats per token. Alone, the smallest checkpoint that
+        keeps it is made; with a budget, an error says what was reached.
     :param bits: bit-widths to choose from; 16 leaves a tensor as it is; `ternary` needs `FisherGPTQModifier`.
-    :param group_size: weights that share a scale; -1 for one scale per output channel.
-    :param symmetric: leave out zero points.
+    :param group_size: weights that share a scale, one or several to choose from; -1 for one scale per output channel.
+    :param symmetric: leave out zero points; `auto` chooses, up to 4 bits.
+    :param pruning: whether experts may go: `none`; `physical`, equally many per layer and routing group; `masked`,
+        freely, for routers with a selection bias.
+    :param scope: `experts`, or `model` for every Linear that `ignore` does not name.
     :param fixed: regex of module names -> bits, for any Linear; the first match counts.
-    :param granularity: what gets one bit-width together: an `expert`, a `projection` (gate and up of an
-        expert; its down), or all experts of a `layer`.
+    :param floors: regex of module names -> fewest bits, for Linears other than routed experts; the first match counts.
+    :param granularity: what gets one scheme together: an `expert`, a `projection` (gate and up of an expert; its
+        down), or all experts of a `layer`.
+    :param speed: KL, in nats per token, that one gigabyte less to read per token would be worth.
     :param plan: JSON file of the decision; written if it does not exist, reused if it does.
+    :param costs: JSON file of the measured costs, for other budgets; written if it does not exist, reused if it does.
     :param ignore: modules that keep their precision.
     """
 
@@ -66,19 +93,29 @@ class MixedBitAllocModifier(Modifier):
 
     budget: int | str | None = None
     bpw: float | None = Field(None, gt=0, le=16)
+    fit: int | str | None = None
+    context: int = Field(4096, ge=1)
+    concurrency: int = Field(1, ge=1)
+    max_kl: float | None = Field(None, gt=0)
     bits: list[int] = Field(default_factory=lambda: [2, 3, 4, 8])
-    group_size: int = 128
-    symmetric: bool = False
+    group_size: int | list[int] = 128
+    symmetric: bool | Literal["auto"] = "auto"
+    pruning: Literal["none", "physical", "masked"] = "none"
+    scope: Literal["experts", "model"] = "experts"
     fixed: dict[str, int] = Field(default_factory=dict)
+    floors: dict[str, int] = Field(default_factory=lambda: {"lm_head$": 4, ".": 3})
     granularity: Literal["expert", "projection", "layer"] = "projection"
+    speed: float = Field(0.0, ge=0)
     plan: str | None = None
+    costs: str | None = None
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
 
     _moe: MoEModel | None = PrivateAttr(None)
     _sensitivity: Sensitivity | None = PrivateAttr(None)
     _faithful: bool = PrivateAttr(False)
+    _backward: bool = PrivateAttr(True)
     _reused: CompressionPlan | None = PrivateAttr(None)
-    _originals: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _originals: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -89,38 +126,129 @@ class MixedBitAllocModifier(Modifier):
             raise ValueError(f"MixedBitAllocModifier.bits: {value!r} must be a list from {known}")
         return sorted(set(bits))
 
-    @field_validator("fixed")
+    @field_validator("fixed", "floors")
     @classmethod
-    def _valid_fixed(cls, value: dict[str, int]) -> dict[str, int]:
+    def _valid_patterns(cls, value: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        key = f"MixedBitAllocModifier.{info.field_name}"
         for pattern, bits in value.items():
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"MixedBitAllocModifier.fixed: {pattern!r} is no regex: {error}") from error
+                raise ValueError(f"{key}: {pattern!r} is no regex: {error}") from error
             if bits not in SUPPORTED_BITS:
-                raise ValueError(f"MixedBitAllocModifier.fixed: {pattern!r} -> {bits} is not in {list(SUPPORTED_BITS)}")
+                raise ValueError(f"{key}: {pattern!r} -> {bits} is not in {list(SUPPORTED_BITS)}")
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _valid_group_size(cls, value: int | list[int]) -> int | list[int]:
+        sizes = value if isinstance(value, list) else [value]
+        if not sizes or any(size != -1 and size < 16 for size in sizes):
+            raise ValueError(f"MixedBitAllocModifier.group_size: {value} must be -1 or at least 16, or a list of such")
         return value
 
     @model_validator(mode="after")
     def _one_budget(self) -> MixedBitAllocModifier:
-        if (self.budget is None) == (self.bpw is None):
-            raise ValueError("MixedBitAllocModifier needs exactly one of `budget` (bytes) and `bpw`")
-        if self.group_size != -1 and self.group_size < 16:
-            raise ValueError(f"MixedBitAllocModifier.group_size: {self.group_size} must be -1 or at least 16")
-        if self.budget is not None:
-            parse_bytes(self.budget, "MixedBitAllocModifier.budget")
+        who, given = "MixedBitAllocModifier", [self.budget, self.bpw, self.fit]
+        number = sum(value is not None for value in given)
+        if number > 1 or (number == 0 and self.max_kl is None):
+            raise ValueError(f"{who} needs exactly one of `budget` (bytes), `bpw` and `fit`, or `max_kl` alone")
+        for key, value in (("budget", self.budget), ("fit", self.fit)):
+            if value is not None:
+                parse_bytes(value, f"{who}.{key}")
+        if self.pruning != "none" and (self.granularity == "layer" or number == 0):
+            raise ValueError(f"{who}.pruning: {self.pruning} needs a budget and no granularity of whole layers")
+        if self.scope == "model" and self.bpw is not None:
+            raise ValueError(f"{who}.bpw counts routed experts only; with scope: model, name a `budget` or `fit`")
         return self
+
+    def schemes(self) -> list[Scheme]:
+        """All that routed experts can be stored as."""
+        sizes = self.group_size if isinstance(self.group_size, list) else [self.group_size]
+        packed = [
+            Scheme(bits, size, symmetric)
+            for bits, size in product(self.bits, sizes)
+            if bits != 16
+            for symmetric in self._symmetries(bits)
+        ]
+        return packed + [DENSE] * (16 in self.bits)
+
+    def _symmetries(self, bits: int) -> tuple[bool, ...]:
+        if bits == TERNARY:
+            return (True,)
+        if self.symmetric == "auto":
+            return (True, False) if bits <= _ASYMMETRIC_BITS else (True,)
+        return (self.symmetric,)
+
+    def options(self, name: str, module: torch.nn.Linear, is_expert: bool) -> list[Scheme]:
+        """What `module` can be stored as. Raises `MoeCollabError` if no group size divides its inputs."""
+        fixed, floor = self.fixed_bits(name), 0 if is_expert else _first(self.floors, name) or 0
+        if fixed == 16:
+            return [DENSE]
+        offered = self.schemes()
+        if fixed is not None:
+            offered = self.model_copy(update={"bits": [fixed]}).schemes()
+        fitting = [s for s in offered if not s.is_packed or module.in_features % s.group_of(module.in_features) == 0]
+        if not fitting:
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.group_size: {self.group_size} does not divide the {module.in_features} "
+                f"inputs of {name}. Choose a divisor, or -1 for one scale per channel."
+            )
+        return [s for s in fitting if fixed is not None or s.num_bits >= floor] or [DENSE]
+
+    def fixed_bits(self, name: str) -> int | None:
+        """What `fixed` says of module `name`."""
+        return _first(self.fixed, name)
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Check the recipe against the model before any data is read."""
         check_unquantized(state.model, "MixedBitAllocModifier")
-        describe(state.model)
         self._check_quantizer_follows()
-        self._check_group_size(state.model)
+        self._check_passes(state.model)
+        planner = self.planner(state.model)
         if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
-            self._check_budget(state.model)
+            self._check_budget(planner)
         install_save(state.model)
         return True
+
+    def planner(self, model: torch.nn.Module) -> Planner:
+        """Also checks that every matrix has options, and the routers what pruning needs."""
+        moe = describe(model)
+        if self.pruning == "masked" and (bare := [layer.name for layer in moe.layers if layer.bias_holder is None]):
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.pruning: the router of {bare[0]} has no selection bias to mask experts by. "
+                "Use pruning: physical."
+            )
+        targets = self._targets(model, moe)
+        for name, module in targets.items():
+            self.options(name, module, True)
+        return Planner(model, moe, targets, self, self._bytes(model))
+
+    def _bytes(self, model: Any) -> int | None:
+        """The budget for all safetensors files, if there is one."""
+        if self.fit is not None:
+            config = model.config.to_dict()
+            return weights_budget(parse_bytes(self.fit), config, self.context, self.concurrency)
+        return None if self.budget is None else parse_bytes(self.budget)
+
+    def _check_budget(self, planner: Planner) -> None:
+        """Raise `MoeCollabError` with the bytes needed if no allocation fits; needs no data."""
+        if self.max_kl is None or self.budget or self.bpw or self.fit:
+            planner.decide(CostTable(), None if self.pruning == "none" else {})
+
+    def _check_passes(self, model: torch.nn.Module) -> None:
+        """Raise `MoeCollabError` if the model is on disk and something asked for needs a backward pass."""
+        self._backward = all(get_offloaded_device(module, _NOWHERE) != "disk" for module in model.modules())
+        for key, used in (
+            ("pruning", self.pruning != "none"),
+            ("scope", self.scope == "model"),
+            ("max_kl", self.max_kl is not None),
+        ):
+            if used and not self._backward:
+                raise MoeCollabError(
+                    f"MixedBitAllocModifier.{key}: {getattr(self, key)} needs a backward pass, but the model is "
+                    "offloaded to disk. Load it without offloading, or leave the field out."
+                )
 
     def _check_quantizer_follows(self) -> None:
         followers = following_quantizers(self)
@@ -147,28 +275,15 @@ class MixedBitAllocModifier(Modifier):
                     f"{who}.actorder: `group` stores weight_g_idx, which no mixed-bit kernel serves. Use `static`."
                 )
 
-    def _check_group_size(self, model: torch.nn.Module) -> None:
-        if self.group_size == -1 or self.bits == [16]:
-            return
-        for name, module in self._targets(model):
-            if module.in_features % self.group_size:
-                raise MoeCollabError(
-                    f"MixedBitAllocModifier.group_size: {self.group_size} does not divide the {module.in_features} "
-                    f"inputs of {name}. Choose a divisor, or -1 for one scale per channel."
-                )
-
-    def _check_budget(self, model: torch.nn.Module) -> None:
-        """Raise `MoeCollabError` with the bytes needed if no allocation fits; needs no data."""
-        Planner(model, describe(model), self._targets(model), Measured(), {}, self).plan("", "")
-
-    def _targets(self, model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
-        """Every Linear that may lose bits: routed experts, and whatever `fixed` names."""
-        experts = {id(module) for layer in describe(model).layers for *_, module in layer.projections()}
-        linears = match_named_modules(model, ["Linear"], self.ignore)
-        return [(n, m) for n, m in linears if id(m) in experts or self._fixed_bits(n) not in (None, 16)]
-
-    def _fixed_bits(self, name: str) -> int | None:
-        return next((bits for pattern, bits in self.fixed.items() if re.search(pattern, name)), None)
+    def _targets(self, model: torch.nn.Module, moe: MoEModel) -> dict[str, torch.nn.Linear]:
+        """Every Linear that may lose bits: routed experts, what `fixed` names, and with scope `model` all others."""
+        experts = {id(module) for layer in moe.layers for *_, module in layer.projections()}
+        found = {}
+        for name, module in match_named_modules(model, ["Linear"], self.ignore):
+            others = self.scope == "model" and module.out_features >= _FEWEST_ROWS and not _is_tied(model, module)
+            if id(module) in experts or others or self.fixed_bits(name) not in (None, 16):
+                found[name] = module
+        return found
 
     def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
         """Reuse the plan if there is one; otherwise watch what reaches every expert."""
@@ -184,20 +299,25 @@ class MixedBitAllocModifier(Modifier):
             self._reused.check_matches(self.plan, model_fingerprint(state.model), self._recipe_fingerprint())
             logger.info("MixedBitAllocModifier: reusing {}", self.plan)
             return
-        self._check_budget(state.model)
-        if self._faithful:
+        self._check_budget(self.planner(state.model))
+        if self._backward:
             return
-        self._sensitivity = Sensitivity(self._round, self.bits)
+        logger.warning(
+            "MixedBitAllocModifier: the model is offloaded to disk; costs come from errors at the experts' outputs, "
+            "and the decision is not compared with uniform schemes."
+        )
+        self._sensitivity = Sensitivity(self._round_to_nearest, [s for s in self.schemes() if s.is_packed])
         for layer in self._moe.layers:
             tap = RoutingTap(self, layer)
             self._sensitivity.watch(layer)
             self.register_hook(layer.experts, partial(self._sensitivity.see, layer, tap), "forward")
 
-    def _round(self, weight: torch.Tensor, num_bits: int) -> torch.Tensor:
-        return rounded(weight, weight_arguments(num_bits, self.group_size, self.symmetric))
+    def _round_to_nearest(self, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+        return rounded(weight, weight_arguments(*scheme))
 
     def _recipe_fingerprint(self) -> str:
-        return fingerprint(self.model_dump(include=_DECIDING_FIELDS))
+        mine = type(self).model_fields.keys() - Modifier.model_fields.keys() - {"plan", "costs"}
+        return fingerprint(self.model_dump(include=mine))
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list | None = None, **kwargs) -> None:
         """Turn the statistics of finished layers into costs, and let them go."""
@@ -217,40 +337,80 @@ class MixedBitAllocModifier(Modifier):
 
     def _decide(self, state: State) -> CompressionPlan:
         assert self._moe is not None
-        model = state.model
-        measured, factors = self._measure(model, state.data.calib)
-        planner = Planner(model, self._moe, self._targets(model), measured, factors, self)
-        plan = planner.plan(model_fingerprint(model), self._recipe_fingerprint())
-        planner.report(plan)
+        model, planner = state.model, self.planner(state.model)
+        if self._sensitivity is not None:
+            table = self._sensitivity.finished(kl_per_squared_error(model, self._moe, state.data.calib))
+            found = Found(planner.decide(table), table)
+        else:
+            device = next(model.parameters()).device
+            batches = [inputs_of(batch, device) for batch in state.data.calib]
+            with eval_context(model):
+                search = Search(model, self._moe, planner, self, self._rounder(model))
+                found = search.run(batches, model_fingerprint(model))
+                if found.decision.dropped:
+                    self._let_quantizers_see(model, batches)
+        plan = self._plan(model, planner, found)
+        coverage(plan)
+        outcome(plan)
         return plan
 
-    def _measure(self, model: torch.nn.Module, data: Iterable[dict]) -> tuple[Measured, dict[str, float]]:
-        """(costs, KL per unit of cost by layer)."""
+    def _rounder(self, model: Any) -> Rounder:
+        """As the next quantizer rounds, or to nearest: other quantizers round better, but alike for all."""
+        return Rounder(feedback=self._faithful, descent=self._faithful, scale_dtype=model.dtype)
+
+    def _plan(self, model: Any, planner: Planner, found: Found) -> CompressionPlan:
         assert self._moe is not None
-        if self._faithful:
-            device = next(model.parameters()).device
-            schemes = {b: Scheme(b, self.group_size, self.symmetric or b == TERNARY) for b in self.bits if b != 16}
-            measured = fisher_costs(model, self._moe, [inputs_of(batch, device) for batch in data], schemes)
-            return measured, dict.fromkeys((layer.name for layer in self._moe.layers), 1.0)
-        assert self._sensitivity is not None
-        for layer in self._moe.layers:
-            self._sensitivity.close(layer)
-        return self._sensitivity.measured, kl_per_squared_error(model, self._moe, data)
+        decision = found.decision
+        gone = max(map(len, decision.dropped.values()), default=0) if self.pruning == "physical" else 0
+        return CompressionPlan(
+            model_fingerprint=model_fingerprint(model),
+            recipe_fingerprint=self._recipe_fingerprint(),
+            num_experts=self._moe.num_experts - gone,
+            num_experts_per_tok=self._moe.top_k,
+            pruning=self.pruning,
+            dropped=decision.dropped,
+            schemes={name: str(scheme) for name, scheme in decision.schemes.items()},
+            budget_bytes=self._bytes(model),
+            budget_bpw=self.bpw,
+            predicted_bytes=planner.file_bytes(decision),
+            expert_bpw=planner.expert_bpw(decision.schemes),
+            predicted_kl=decision.cost,
+            bound_kl=min(decision.bound, decision.cost),
+            heldout_kl=found.kl,
+            uniform=found.uniform,
+            uniform_kl=found.uniform_kl,
+            routed_tokens=found.table.routed_tokens,
+        )
+
+    def _let_quantizers_see(self, model: Any, batches: Batches) -> None:
+        """Have tuning aim at the model as it is before experts go."""
+        for quantizer in following_quantizers(self):
+            if isinstance(quantizer, FisherGPTQModifier) and quantizer.tuning_steps:
+                quantizer._lessons = teach(model, batches)
 
     def _apply(self, model: torch.nn.Module, plan: CompressionPlan) -> None:
-        for name, bits in plan.num_bits.items():
-            if bits != 16:
-                attach_scheme(model.get_submodule(name), Scheme(bits, plan.group_size, plan.symmetric))
+        assert self._moe is not None
+        for name, scheme in plan.parsed().items():
+            if scheme.is_packed:
+                attach_scheme(model.get_submodule(name), scheme)
         self._keep_starved(plan)
+        for layer in self._moe.layers:
+            if not (gone := plan.dropped.get(layer.name)):
+                continue
+            if plan.pruning == "masked":
+                check_mask(self._moe, layer.name, gone)
+                mask_experts(layer, gone)
+            else:
+                keep_experts(layer, [index for index in range(layer.num_experts) if index not in gone])
 
     def _keep_starved(self, plan: CompressionPlan) -> None:
         """Copy the weights of experts that hardly any token reaches: GPTQ zeroes what it has seen no input of."""
         assert self._moe is not None
         for layer in self._moe.layers:
             few = {e for e, tokens in enumerate(plan.routed_tokens[layer.name]) if tokens < FEW_TOKENS}
-            for name, index, _, module in layer.projections():
-                if index in few and plan.num_bits.get(name, 16) != 16:
-                    self._originals[name] = module.weight.detach().clone()
+            for _, index, _, module in layer.projections():
+                if index in few and hasattr(module, "quantization_scheme"):
+                    self._originals[module] = module.weight.detach().clone()
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         """Round to nearest what GPTQ could not: experts that no calibration token was routed to."""
@@ -260,12 +420,12 @@ class MixedBitAllocModifier(Modifier):
                 continue
             if is_sound(module):
                 continue
-            if name not in self._originals:
+            if module not in self._originals:
                 raise MoeCollabError(
                     f"{name}: the quantizer left it all zero, not finite or unrounded, and its original is gone. "
                     "Calibrate with more tokens, or with oneshot(moe_calibrate_all_experts=True)."
                 )
-            round_in_place(module, self._originals[name])
+            round_in_place(module, self._originals[module])
             repaired.append(name)
         if repaired:
             logger.warning(
@@ -277,4 +437,10 @@ class MixedBitAllocModifier(Modifier):
         return True
 
 
-_DECIDING_FIELDS = {"budget", "bpw", "bits", "group_size", "symmetric", "fixed", "granularity", "ignore"}
+def _first(patterns: Mapping[str, int], name: str) -> int | None:
+    """Value of the first pattern found in `name`."""
+    return next((value for pattern, value in patterns.items() if re.search(pattern, name)), None)
+
+
+def _is_tied(model: Any, module: torch.nn.Linear) -> bool:
+    return module is model.get_output_embeddings() and bool(getattr(model.config, "tie_word_embeddings", False))

@@ -11,7 +11,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..architectures import PROJECTIONS, family_of
 from ..checkpoint.sizes import TensorEntry
 
-__all__ = ["checkpoint_entries", "checkpoint_names", "entry_of", "use_checkpoint_names"]
+__all__ = ["checkpoint_entries", "checkpoint_names", "checkpoint_tensors", "entry_of", "use_checkpoint_names"]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -51,10 +51,16 @@ def _expert_renaming(saved: str, live: str) -> WeightRenaming:
 
 def checkpoint_names(model: torch.nn.Module, modules: list[str]) -> dict[str, str]:
     """Module name -> name in the saved checkpoint."""
-    tensors = {f"{name}.weight_packed": torch.empty(i + 1, 0, device="meta") for i, name in enumerate(modules)}
+    saved = checkpoint_tensors(model, [f"{name}.weight_packed" for name in modules])
+    return {name: saved[f"{name}.weight_packed"].removesuffix(".weight_packed") for name in modules}
+
+
+def checkpoint_tensors(model: torch.nn.Module, tensors: list[str]) -> dict[str, str]:
+    """Tensor name -> name in the saved checkpoint."""
     # Each tensor's first dimension is its position, so that it is known again under its new name.
-    saved = revert_weight_conversion(model, dict(tensors))
-    return {modules[t.shape[0] - 1]: name.removesuffix(".weight_packed") for name, t in saved.items()}
+    positions = {name: torch.empty(i + 1, 0, device="meta") for i, name in enumerate(tensors)}
+    saved = revert_weight_conversion(model, dict(positions))
+    return {tensors[t.shape[0] - 1]: name for name, t in saved.items()}
 
 
 def checkpoint_entries(model: torch.nn.Module) -> list[TensorEntry]:

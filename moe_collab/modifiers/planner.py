@@ -1,42 +1,38 @@
-"""From measured costs to a `CompressionPlan` whose checkpoint size is known to the byte."""
+"""From measured costs to decisions whose checkpoint size is known to the byte."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from loguru import logger
+from numpy.typing import NDArray
 
-from ..allocation import Item, Option, back_off, parse_bytes, smallest_bytes, solve
+from ..allocation import ExpertChoice, Solution, solve
 from ..allocation.budget import format_bytes
 from ..architectures import MoEModel, describe
-from ..checkpoint.sizes import TensorEntry, checkpoint_bytes, quantized_entries
+from ..calibration.costs import CostTable
 from ..errors import MoeCollabError
-from ..formats import TERNARY
-from ..plan import CompressionPlan, fingerprint
-from .fisher_costs import Measured
-from .naming import checkpoint_entries, checkpoint_names, entry_of
+from ..formats import PRUNED, Scheme
+from ..plan import fingerprint
+from .layout import CheckpointLayout
 
 if TYPE_CHECKING:
     from .mixed_bit_alloc import MixedBitAllocModifier
 
-__all__ = ["Planner", "model_fingerprint"]
+__all__ = ["Decision", "Planner", "model_fingerprint"]
 
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+DropCosts = Mapping[str, Sequence[float]]
 
-def _best(items: list[Item], budget: int) -> list[int]:
-    """Index of each item's option in the cheapest allocation found within `budget` bytes."""
-    if not items:  # `ignore` names everything
-        return []
-    shape = len(items), max(len(item.options) for item in items)
-    sizes, costs = np.zeros(shape, np.int64), np.full(shape, np.inf)
-    for row, item in enumerate(items):
-        for column, option in enumerate(item.options):
-            sizes[row, column], costs[row, column] = option.size, option.cost
-    return solve(sizes, costs, budget).choice.tolist()
+_TRIES = 6
+"""Rounds of fitting items to a file whose header depends on what is chosen."""
+_HALVINGS = 24
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -49,178 +45,279 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return fingerprint({"shapes": shapes, "routers": routers.hexdigest(), "top_k": moe.top_k})
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Schemes by module name (of what stays) and experts that go, by layer; names and indices are those before."""
+
+    schemes: dict[str, Scheme]
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    cost: float = 0.0
+    """Sum of costs."""
+    bound: float = 0.0
+    """No decision within the budget has a smaller sum."""
+
+
+class _Expert(NamedTuple):
+    layer: int
+    """Position among the MoE layers."""
+    index: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Matrices decided on together: in each part they share a scheme; `expert` if all of one and it may go."""
+
+    parts: tuple[tuple[str, ...], ...]
+    expert: _Expert | None
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """An item's options: a scheme for each part, or `PRUNED` alone."""
+
+    schemes: list[tuple[Scheme, ...]]
+    sizes: Ints
+    costs: Floats
+
+
 class Planner:
-    """Searches the allocation for one model, one set of costs and the fields of one modifier."""
+    """Searches allocations of one model for the fields of one `MixedBitAllocModifier`."""
 
     def __init__(
         self,
         model: torch.nn.Module,
         moe: MoEModel,
-        targets: list[tuple[str, torch.nn.Linear]],
-        measured: Measured,
-        factors: dict[str, float],
+        modules: Mapping[str, torch.nn.Linear],
         recipe: MixedBitAllocModifier,
+        budget: int | None,
     ) -> None:
-        self._model, self._moe, self._recipe = model, moe, recipe
-        self._factors = {n: factors.get(layer.name, 0.0) for layer in moe.layers for n, *_ in layer.projections()}
-        self._modules = dict(targets)
-        self._measured = measured
-        self._experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(self._modules)
-        self._unquantized = checkpoint_entries(model)
-        saved = checkpoint_names(model, list(self._modules))
-        self._by_saved_name = {f"{saved[name]}.weight": name for name in self._modules}
-        self._groups = self._grouped()
-        self._items = [self._item(name, members) for name, members in self._groups.items()]
+        self._moe, self._modules, self._budget = moe, modules, budget
+        self.recipe = recipe
+        self.layout = CheckpointLayout(model, moe, modules)
+        self.experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(modules)
+        self._items = list(self._grouped())
 
-    def plan(self, model: str, recipe: str) -> CompressionPlan:
-        """Allocate under the recipe's budget. Raises `MoeCollabError` with the bytes needed if it cannot be met."""
-        budget = None
-        if self._recipe.budget is not None:
-            budget = parse_bytes(self._recipe.budget)
-            choice = self._fit_file_size(budget)
-        else:
-            choice = self._fit_bpw(self._recipe.bpw or 0.0)
-        bits = self._bits(choice)
-        return CompressionPlan(
-            model_fingerprint=model,
-            recipe_fingerprint=recipe,
-            num_experts=self._moe.num_experts,
-            num_experts_per_tok=self._moe.top_k,
-            group_size=self._recipe.group_size,
-            symmetric=self._recipe.symmetric,
-            budget_bytes=budget,
-            budget_bpw=self._recipe.bpw,
-            predicted_bytes=self._file_size(bits),
-            expert_bpw=self._expert_bpw(bits),
-            predicted_kl=sum(i.options[c].cost for i, c in zip(self._items, choice, strict=True)),
-            num_bits=bits,
-            routed_tokens=self._measured.routed_tokens,
-        )
-
-    def report(self, plan: CompressionPlan) -> None:
-        """Say what was decided, and which experts the calibration data hardly reached."""
-        counts = Counter(plan.num_bits[name] for name in self._experts)
-        spread = ", ".join(f"{n} {'ternary' if b == TERNARY else f'at {b} bits'}" for b, n in sorted(counts.items()))
-        logger.info(
-            "MixedBitAllocModifier: expert tensors {}; {:.3f} bpw, checkpoint {}",
-            spread,
-            plan.expert_bpw,
-            format_bytes(plan.predicted_bytes),
-        )
-        for layer, tokens in plan.routed_tokens.items():
-            unseen = [expert for expert, count in enumerate(tokens) if count == 0]
-            if unseen:
-                logger.warning("{}: no calibration token was routed to experts {}", layer, unseen)
-
-    def _grouped(self) -> dict[str, list[str]]:
-        """Item name -> modules that get one bit-width; what `fixed` names stands alone."""
-        groups: dict[str, list[str]] = {}
-        granularity = self._recipe.granularity
-        for layer in self._moe.layers:
+    def _grouped(self) -> Iterator[_Item]:
+        """Items by the recipe's granularity; what `fixed` names is a part of its own, what is no expert an item."""
+        recipe, seen = self.recipe, set()
+        for position, layer in enumerate(self._moe.layers):
+            by_item: dict[str, dict[str, list[str]]] = {}
             for name, expert, projection, _ in layer.projections():
                 if name not in self._modules:
                     continue
+                seen.add(name)
                 half = "down" if projection == "down_proj" else "gate_up"
-                key = {"expert": f"{layer.name}.{expert}", "layer": layer.name}.get(
-                    granularity, f"{layer.name}.{expert}.{half}"
-                )
-                fixed = self._recipe._fixed_bits(name)
-                groups.setdefault(key if fixed is None else name, []).append(name)
-        for name in self._modules.keys() - self._experts:
-            groups[name] = [name]
-        return groups
+                part = half if recipe.granularity == "projection" else ""
+                if recipe.fixed_bits(name) is not None:
+                    part = name
+                together = {"expert": str(expert), "layer": ""}.get(recipe.granularity, f"{expert}.{half}")
+                item = str(expert) if recipe.pruning != "none" else together
+                by_item.setdefault(item, {}).setdefault(part, []).append(name)
+            for item, parts in by_item.items():
+                whole = sum(map(len, parts.values())) == 3
+                expert = _Expert(position, int(item)) if recipe.pruning != "none" and whole else None
+                yield _Item(tuple(map(tuple, parts.values())), expert)
+        for name in sorted(self._modules.keys() - seen):
+            yield _Item(((name,),), None)
 
-    def _item(self, name: str, members: list[str]) -> Item:
-        fixed = self._recipe._fixed_bits(members[0])
-        options = []
-        for bits in [fixed] if fixed is not None else self._recipe.bits:
-            size = sum(self._stored_bytes(m, bits) + self._header_bytes(m, bits) for m in members)
-            cost = sum(self._kl(m, bits) for m in members)
-            options.append(Option(bits, size, cost))
-        return Item.of(name, options)
+    def decide(
+        self,
+        table: CostTable,
+        drops: DropCosts | None = None,
+        limit: float | None = None,
+        solver: Callable[..., Solution] = solve,
+    ) -> Decision:
+        """The cheapest decision within the recipe's budget; with `limit` instead the smallest that costs no more.
 
-    def _kl(self, name: str, bits: int) -> float:
-        """Predicted KL per token of rounding `name`; 0 for what no cost was measured of, such as attention."""
-        return self._factors.get(name, 0.0) * self._measured.costs.get(name, {}).get(bits, 0.0)
+        `drops` are costs of losing each expert by layer; without them none goes. Raises `MoeCollabError` with the bytes
+        needed if the budget, or the limit, cannot be met. `solver` is called as `solve` is.
+        """
+        header = self.recipe.bpw is None
+        choices = [self._choices(item, table, drops, header) for item in self._items]
+        if not choices:  # `ignore` names everything
+            return Decision({})
+        sizes, costs = _padded([c.sizes for c in choices], 0), _padded([c.costs for c in choices], np.inf)
+        pruning = self._coupling() if drops is not None else None
 
-    def _entries(self, name: str, bits: int) -> list[TensorEntry]:
-        module = self._modules[name]
-        if bits == 16:
-            return [entry_of(f"{name}.weight", module.weight)]
-        recipe = self._recipe
-        size = recipe.group_size if recipe.group_size != -1 else module.in_features
-        dtype = entry_of("", module.weight).dtype
-        shape = tuple(module.weight.shape)
-        entries = quantized_entries(name, shape, bits, size, recipe.symmetric, scale_dtype=dtype)
-        return entries
+        def within(room: int) -> tuple[Decision, Solution]:
+            solution = solver(sizes, costs, room, pruning=pruning)
+            return self._decision(choices, solution), solution
 
-    def _stored_bytes(self, name: str, bits: int) -> int:
-        return sum(entry.nbytes for entry in self._entries(name, bits))
+        size_as_cost = np.where(np.isfinite(costs), sizes, np.inf)
+        smallest = solve(sizes, size_as_cost, int(sizes.max(axis=1).sum()), pruning=pruning)
+        if limit is not None:
+            return _smallest(within, smallest.size, int(sizes.max(axis=1).sum()), limit)
+        if self._budget is None:
+            return self._within_bpw(within, smallest.size)
+        return self._within_file(within, self._decision(choices, smallest), smallest.size)
 
-    def _header_bytes(self, name: str, bits: int) -> int:
-        # About what a tensor takes in the file's JSON header: names, shape, two offsets of nine digits.
-        return sum(len(entry.name) + 70 for entry in self._entries(name, bits))
-
-    def _bits(self, choice: list[int]) -> dict[str, int]:
-        chosen = {}
-        for item, index, members in zip(self._items, choice, self._groups.values(), strict=True):
-            chosen.update(dict.fromkeys(members, item.options[index].num_bits))
-        return dict(sorted(chosen.items()))
-
-    def _file_size(self, bits: dict[str, int]) -> int:
-        """Exact size of the checkpoint; the names of its tensors are worked out once, for they never change."""
-        entries: list[TensorEntry] = []
-        for entry in self._unquantized:
-            name = self._by_saved_name.get(entry.name)
-            if name is None or bits[name] == 16:
-                entries.append(entry)
-            else:
-                saved = entry.name.removesuffix(".weight")
-                entries += [replace(e, name=saved + e.name.removeprefix(name)) for e in self._entries(name, bits[name])]
-        return checkpoint_bytes(entries)
-
-    def _fit_file_size(self, budget: int) -> list[int]:
-        smallest = [0] * len(self._items)
-        floor = self._file_size(self._bits(smallest))
-        if floor > budget:
-            raise MoeCollabError(
-                f"MixedBitAllocModifier.budget: {format_bytes(budget)} is too small; with bits {self._recipe.bits} and "
-                f"group_size {self._recipe.group_size} the checkpoint needs at least {format_bytes(floor)}. Raise the "
-                "budget, offer fewer bits, or prune experts first."
-            )
-        best = smallest
-        room = smallest_bytes(self._items) + budget - floor
-        for _ in range(2):
-            choice = _best(self._items, max(room, smallest_bytes(self._items)))
-            # The header's digits depend on the choice, so the exact size is known only now.
-            while (excess := self._file_size(self._bits(choice)) - budget) > 0:
-                choice = back_off(self._items, choice, excess)
-            if self._cost(choice) < self._cost(best):
-                best = choice
-            room -= excess
+    def uniform(self, table: CostTable) -> tuple[Scheme, Decision] | None:
+        """The cheapest decision within the budget that stores all routed experts alike, if any fits."""
+        best = None
+        rest = {name: self._options(name) for name in self._modules.keys() - self.experts}
+        for scheme in self.recipe.schemes():
+            if any(scheme not in self._options(name) for name in self.experts):
+                continue
+            for others in ((options[0] for options in rest.values()), (options[-1] for options in rest.values())):
+                schemes = dict.fromkeys(self.experts, scheme) | dict(zip(rest, others, strict=True))
+                cost = sum(table.cost(name, chosen) for name, chosen in schemes.items())
+                if self._fits(schemes) and (best is None or cost < best[1].cost):
+                    best = scheme, Decision(schemes, {}, cost)
         return best
 
-    def _fit_bpw(self, bpw: float) -> list[int]:
-        sizes = [Item(i.name, tuple(self._without_header(i, m) for m in range(len(i.options)))) for i in self._items]
-        of_experts = [i for i, members in zip(sizes, self._groups.values(), strict=True) if members[0] in self._experts]
-        weights = sum(self._modules[name].weight.numel() for name in self._experts)
-        needed = 8 * smallest_bytes(of_experts) / weights
-        if needed > bpw:
+    def measured_others(self) -> dict[str, torch.nn.Linear]:
+        """Matrices outside the routed experts that have a choice."""
+        names = sorted(self._modules.keys() - self.experts)
+        return {name: self._modules[name] for name in names if self.recipe.fixed_bits(name) is None}
+
+    def expert_bpw(self, schemes: Mapping[str, Scheme]) -> float:
+        """Stored bits per weight of the routed experts that there were."""
+        stored = sum(self.layout.size(name, schemes[name], header=False) for name in self.experts & schemes.keys())
+        return 8 * stored / max(1, sum(self._modules[name].weight.numel() for name in self.experts))
+
+    def file_bytes(self, decision: Decision) -> int:
+        """Size of the checkpoint."""
+        return self.layout.file_bytes(decision.schemes, decision.dropped, self.recipe.pruning == "physical")
+
+    def _fits(self, schemes: Mapping[str, Scheme]) -> bool:
+        if self._budget is not None:
+            return self.layout.file_bytes(schemes) <= self._budget
+        return self.recipe.bpw is None or self.expert_bpw(schemes) <= self.recipe.bpw
+
+    def _options(self, name: str) -> list[Scheme]:
+        """Schemes that module `name` may get, smallest first."""
+        options = self.recipe.options(name, self._modules[name], name in self.experts)
+        return sorted(options, key=lambda scheme: self.layout.size(name, scheme))
+
+    def _choices(self, item: _Item, table: CostTable, drops: DropCosts | None, header: bool) -> _Choices:
+        parts = [self._part(members, item.expert, table, header) for members in item.parts]
+        schemes = list(product(*(options for options, _, _ in parts)))
+        sizes, costs = np.zeros(1, np.int64), np.zeros(1)
+        for _, size, cost in parts:
+            sizes, costs = np.add.outer(sizes, size).ravel(), np.add.outer(costs, cost).ravel()
+        kept = _pareto(sizes, costs)
+        schemes, sizes, costs = [schemes[i] for i in kept], sizes[kept], costs[kept]
+        if drops is not None and item.expert is not None:
+            loss = drops.get(self._moe.layers[item.expert.layer].name)
+            schemes = [(PRUNED,), *schemes]
+            sizes, costs = np.r_[0, sizes], np.r_[0.0 if loss is None else loss[item.expert.index], costs]
+        return _Choices(schemes, sizes, costs)
+
+    def _part(
+        self, members: Sequence[str], expert: _Expert | None, table: CostTable, header: bool
+    ) -> tuple[list[Scheme], Ints, Floats]:
+        """(options, sizes, costs) of matrices that share a scheme."""
+        options = self._options(members[0])
+        sizes = [sum(self.layout.size(name, scheme, header) for name in members) for scheme in options]
+        costs = [sum(table.cost(name, scheme) for name in members) for scheme in options]
+        if self.recipe.speed:
+            slow = 1e-9 * self.recipe.speed * self._activated(members, table)
+            costs = [cost + slow * size for cost, size in zip(costs, sizes, strict=True)]
+        return options, np.array(sizes, np.int64), np.array(costs)
+
+    def _activated(self, members: Sequence[str], table: CostTable) -> float:
+        """Share of tokens that read these matrices."""
+        layer = next((layer for layer in self._moe.layers if members[0].startswith(f"{layer.experts_name}.")), None)
+        if layer is None or members[0] not in self.experts or not table.tokens:
+            return 1.0
+        indices = {int(name.removeprefix(f"{layer.experts_name}.").split(".")[0]) for name in members}
+        return sum(table.routed_tokens[layer.name][index] for index in indices) / table.tokens / len(indices)
+
+    def _coupling(self) -> ExpertChoice:
+        moe, per_group = self._moe, self._moe.num_experts // self._moe.n_group
+        experts = [item.expert for item in self._items]
+        return ExpertChoice(
+            form="physical" if self.recipe.pruning == "physical" else "masked",
+            layers=np.array([-1 if e is None else e.layer for e in experts]),
+            groups=np.array([0 if e is None else e.index // per_group for e in experts]),
+            top_k=moe.top_k,
+            n_group=moe.n_group,
+            topk_group=moe.topk_group,
+        )
+
+    def _decision(self, choices: list[_Choices], solution: Solution) -> Decision:
+        schemes: dict[str, Scheme] = {}
+        dropped: dict[str, list[int]] = {}
+        for item, choice, index in zip(self._items, choices, solution.choice.tolist(), strict=True):
+            chosen = choice.schemes[index]
+            if chosen == (PRUNED,) and item.expert is not None:
+                dropped.setdefault(self._moe.layers[item.expert.layer].name, []).append(item.expert.index)
+                continue
+            for members, scheme in zip(item.parts, chosen, strict=True):
+                schemes |= dict.fromkeys(members, scheme)
+        return Decision(
+            dict(sorted(schemes.items())),
+            {layer: sorted(gone) for layer, gone in dropped.items()},
+            solution.cost,
+            solution.bound,
+        )
+
+    def _within_bpw(self, within: Callable, smallest: int) -> Decision:
+        weights = sum(self._modules[name].weight.numel() for name in self.experts)
+        others = self._modules.keys() - self.experts
+        rest = sum(self.layout.size(name, self._options(name)[0], header=False) for name in others)
+        room = int((self.recipe.bpw or 16.0) * weights / 8) + rest
+        if smallest > room:
+            needed = 8 * (smallest - rest) / max(weights, 1)
             raise MoeCollabError(
-                f"MixedBitAllocModifier.bpw: {bpw} is too small; bits {self._recipe.bits} with group_size "
-                f"{self._recipe.group_size} need at least {needed:.4f} bits per weight, scales included."
+                f"MixedBitAllocModifier.bpw: {self.recipe.bpw} is too small; {self._offered()} need at least "
+                f"{needed:.4f} bits per weight, scales included."
             )
-        rest = smallest_bytes(sizes) - smallest_bytes(of_experts)
-        return _best(sizes, int(bpw * weights / 8) + rest)
+        return within(room)[0]
 
-    def _without_header(self, item: Item, index: int) -> Option:
-        option = item.options[index]
-        size = sum(self._stored_bytes(m, option.num_bits) for m in self._groups[item.name])
-        return Option(option.num_bits, size, option.cost)
+    def _within_file(self, within: Callable, smallest: Decision, size: int) -> Decision:
+        assert self._budget is not None
+        floor = self.file_bytes(smallest)
+        if floor > self._budget:
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.budget: {format_bytes(self._budget)} is too small; with {self._offered()} the "
+                f"checkpoint needs at least {format_bytes(floor)}. Raise the budget, offer fewer bits, or prune."
+            )
+        best: Decision | None = None
+        room = max(size, size + self._budget - floor)
+        for _ in range(_TRIES):
+            found, solution = within(max(room, size))
+            # The header's digits and the routers' rows depend on the choice, so the exact size is known only now.
+            excess = self.file_bytes(found) - self._budget
+            if excess <= 0 and (best is None or found.cost < best.cost):
+                best = found
+            if excess == 0 or room - excess < size:
+                break
+            room = min(room, solution.size) - excess if excess > 0 else room - excess
+        return best or smallest
 
-    def _cost(self, choice: list[int]) -> float:
-        return sum(item.options[index].cost for item, index in zip(self._items, choice, strict=True))
+    def _offered(self) -> str:
+        recipe = self.recipe
+        return f"bits {recipe.bits} and group_size {recipe.group_size}"
 
-    def _expert_bpw(self, bits: dict[str, int]) -> float:
-        stored = sum(self._stored_bytes(name, bits[name]) for name in self._experts)
-        return 8 * stored / sum(self._modules[name].weight.numel() for name in self._experts)
+
+def _smallest(within: Callable, low: int, high: int, limit: float) -> Decision:
+    """The smallest decision that costs at most `limit`, by halving the bytes between `low` and `high`."""
+    best = within(high)[0]
+    if best.cost > limit:
+        raise MoeCollabError(
+            f"MixedBitAllocModifier.max_kl: the best of the bits offered is predicted at {best.cost:.2e}, over the "
+            f"limit of {limit:.2e}. Offer more bits, such as 16, or raise max_kl."
+        )
+    for _ in range(_HALVINGS):
+        middle = (low + high) // 2
+        found = within(middle)[0]
+        if found.cost <= limit:
+            best, high = found, middle
+        else:
+            low = middle
+    return best
+
+
+def _pareto(sizes: Ints, costs: Floats) -> list[int]:
+    """Positions, by ascending size, of what no other is both as small and as cheap as."""
+    order = np.lexsort((costs, sizes))
+    best = np.r_[np.inf, np.minimum.accumulate(costs[order])[:-1]]
+    return order[costs[order] < best].tolist()
+
+
+def _padded(rows: list[NDArray], value: float) -> NDArray:
+    table = np.full((len(rows), max(map(len, rows))), value, dtype=rows[0].dtype)
+    for position, row in enumerate(rows):
+        table[position, : len(row)] = row
+    return table

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..architectures import MoELayer
+from ..calibration.costs import CostTable
 from ..errors import MoeCollabError
-from .fisher_costs import Measured
+from ..formats import Scheme
 from .routing import RoutingTap
 
 __all__ = ["Sensitivity"]
@@ -32,21 +33,22 @@ class _Seen:
 
 
 class Sensitivity:
-    """Per expert tensor and bit-width: mean over tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2, zero where not routed.
+    """Per expert tensor and scheme: mean over tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2, zero where not routed.
 
     f is the expert, f_b the same with that tensor rounded, g_t the router's weight. Gate and up are one fused matrix,
     so they are rounded together and share the cost.
     """
 
-    def __init__(self, rounder: Callable[[torch.Tensor, int], torch.Tensor], bits: Sequence[int]) -> None:
-        self._round, self._bits = rounder, [b for b in bits if b != 16]
+    def __init__(self, rounder: Callable[[torch.Tensor, Scheme], torch.Tensor], schemes: Sequence[Scheme]) -> None:
+        self._round, self._schemes = rounder, schemes
         self._seen: dict[str, list[_Seen]] = {}
+        self._layers: dict[str, MoELayer] = {}
         self._tokens: dict[str, int] = {}
-        self.measured = Measured()
-        """Costs are mean squared errors per token at the output of the layer's experts."""
+        self._table = CostTable()
 
     def watch(self, layer: MoELayer) -> None:
         """Begin with one layer."""
+        self._layers[layer.name] = layer
         self._seen[layer.name] = [_Seen() for _ in range(layer.num_experts)]
         self._tokens[layer.name] = 0
 
@@ -69,15 +71,28 @@ class Sensitivity:
         if layer.name not in self._seen:
             return
         everything = self._seen.pop(layer.name)
-        self.measured.routed_tokens[layer.name] = [seen.total for seen in everything]
+        self._table.routed_tokens[layer.name] = [seen.total for seen in everything]
+        self._table.tokens = self._tokens[layer.name]
         for index, seen in ((live, everything[live]) for live in layer.live_experts):
             for half in _HALVES:
-                costs = self._measure(layer, index, half, seen) if seen.total else self._unseen(layer, index, half)
+                rows = getattr(layer.expert(index), half[0]).in_features
+                schemes = [s for s in self._schemes if rows % s.group_of(rows) == 0]
+                costs = (self._measure if seen.total else self._unseen)(layer, index, half, schemes, seen)
                 for projection in half:
-                    share = {bits: cost / len(half) for bits, cost in costs.items()}
-                    self.measured.costs[f"{layer.experts_name}.{index}.{projection}"] = share
+                    name = f"{layer.experts_name}.{index}.{projection}"
+                    self._table.add(name, schemes, [cost / len(half) for cost in costs])
 
-    def _measure(self, layer: MoELayer, index: int, half: tuple[str, ...], seen: _Seen) -> dict[int, float]:
+    def finished(self, factors: Mapping[str, float]) -> CostTable:
+        """All costs, in KL: squared errors per token at the layer's output times `factors` by layer."""
+        for layer in self._layers.values():
+            self.close(layer)
+            for name, *_ in layer.projections():
+                self._table.costs[name] = {s: c * factors[layer.name] for s, c in self._table.costs[name].items()}
+        return self._table
+
+    def _measure(
+        self, layer: MoELayer, index: int, half: tuple[str, ...], schemes: Sequence[Scheme], seen: _Seen
+    ) -> list[float]:
         expert = layer.expert(index)
         inputs, weights = torch.cat(seen.inputs), torch.cat(seen.weights).double()
         exact = _forward(expert, inputs, {}).double()
@@ -87,20 +102,19 @@ class Sensitivity:
                 "Check the model and the data; nothing was changed."
             )
         per_token = seen.total / seen.kept / self._tokens[layer.name]
-        costs = {16: 0.0}
-        for bits in self._bits:
-            rounded = {p: self._round(getattr(expert, p).weight, bits) for p in half}
+        costs = []
+        for scheme in schemes:
+            rounded = {p: self._round(getattr(expert, p).weight, scheme) for p in half}
             error = _forward(expert, inputs, rounded).double() - exact
-            costs[bits] = float((error.square().sum(-1) * weights.square()).sum()) * per_token
+            costs.append(float((error.square().sum(-1) * weights.square()).sum()) * per_token)
         return costs
 
-    def _unseen(self, layer: MoELayer, index: int, half: tuple[str, ...]) -> dict[int, float]:
-        """No token was routed here: a tiny cost still prefers the bits that round the weights best."""
-        costs = {16: 0.0}
-        for bits in self._bits:
-            weights = [getattr(layer.expert(index), p).weight for p in half]
-            costs[bits] = 1e-12 * sum(float((w - self._round(w, bits)).float().square().mean()) for w in weights)
-        return costs
+    def _unseen(
+        self, layer: MoELayer, index: int, half: tuple[str, ...], schemes: Sequence[Scheme], _seen: _Seen
+    ) -> list[float]:
+        """No token was routed here: a tiny cost still prefers the codes that round the weights best."""
+        weights = [getattr(layer.expert(index), p).weight for p in half]
+        return [1e-12 * sum(float((w - self._round(w, s)).float().square().mean()) for w in weights) for s in schemes]
 
 
 def _forward(expert: Any, inputs: torch.Tensor, replaced: dict[str, torch.Tensor]) -> torch.Tensor:

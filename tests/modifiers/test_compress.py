@@ -37,13 +37,13 @@ def test_whole_path(family, tiny, tmp_path):
     assert (config[COUNT_KEY[family]], config["num_experts_per_tok"]) == (6, 1)
     decided = CompressionPlan.load(plan)
     assert size(out) == decided.predicted_bytes
-    assert decided.expert_bpw <= 4.0 and len(set(decided.num_bits.values())) > 1
+    assert decided.expert_bpw <= 4.0 and len(set(decided.schemes.values())) > 1
     checkpoint = Checkpoint(out)
     assert not [n for n in checkpoint.names() if ".experts.6." in n]
     bits = {
         n: (checkpoint.scheme(n) or {"weights": {"num_bits": 16}})["weights"]["num_bits"] for n in experts(checkpoint)
     }
-    assert sorted(bits.values()) == sorted(decided.num_bits.values())
+    assert sorted(bits.values()) == sorted(scheme.num_bits for scheme in decided.parsed().values())
     ids = torch.randint(0, 250, (2, 16))
     with torch.no_grad():
         reloaded, live = moe_collab.load(out)(ids).logits, model(ids).logits
@@ -69,9 +69,10 @@ def test_byte_budget_is_met_exactly_as_predicted(granularity, tiny, tmp_path):
     run(tiny("qwen3_moe"), {"MixedBitAllocModifier": fields}, QUANTIZE, output=tmp_path / "out")
     decided = CompressionPlan.load(plan)
     assert size(tmp_path / "out") == decided.predicted_bytes <= budget
-    assert decided.num_bits["model.layers.0.self_attn.q_proj"] == 4
-    assert decided.num_bits["model.layers.1.mlp.experts.0.down_proj"] == 8
-    layer = [decided.num_bits[f"model.layers.0.mlp.experts.3.{p}"] for p in ("gate_proj", "up_proj", "down_proj")]
+    schemes = decided.parsed()
+    assert schemes["model.layers.0.self_attn.q_proj"].num_bits == 4
+    assert schemes["model.layers.1.mlp.experts.0.down_proj"].num_bits == 8
+    layer = [schemes[f"model.layers.0.mlp.experts.3.{p}"] for p in ("gate_proj", "up_proj", "down_proj")]
     assert layer[0] == layer[1]
     assert granularity == "projection" or layer[1] == layer[2]
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+from moe_collab.allocation import parse_bytes
 from moe_collab.architectures import describe
-from moe_collab.modifiers.fisher_costs import Measured
-from moe_collab.modifiers.planner import Planner
+from moe_collab.calibration.costs import CostTable
 from moe_collab.pruning import target_num_experts
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
@@ -56,18 +56,17 @@ def build(monkeypatch):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_is_valid_and_feasible(path, build):
     found = modifiers(path)
-    assert list(found)[-1] == "GPTQModifier" and "MixedBitAllocModifier" in found
+    assert list(found)[-1] in ("GPTQModifier", "FisherGPTQModifier") and "MixedBitAllocModifier" in found
     config, kept = CONFIGS[path.parent.name], {}
     if prune := found.get("ExpertPruningModifier"):
         moe = describe(build(config, num_hidden_layers=4))
         kept = {moe.family.num_experts_keys[0]: target_num_experts(moe, prune.retention, prune.num_experts)}
     model, allocate = build(config, **kept), found["MixedBitAllocModifier"]
     assert all(list(match_named_modules(model, [f"re:.*{p}"])) for p in allocate.fixed)
-    moe = describe(model)
-    factors = {layer.name: 1.0 for layer in moe.layers}
-    plan = Planner(model, moe, allocate._targets(model), Measured(), factors, allocate).plan("model", "recipe")
-    if plan.budget_bytes is not None:
-        assert plan.predicted_bytes <= plan.budget_bytes
+    planner = allocate.planner(model)
+    decision = planner.decide(CostTable(), None if allocate.pruning == "none" else {})
+    if allocate.budget is not None:
+        assert planner.file_bytes(decision) <= parse_bytes(allocate.budget)
 
 
 def test_every_family_with_recipes_is_covered():

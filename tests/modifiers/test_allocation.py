@@ -1,0 +1,169 @@
+"""Allocation with everything in one optimum: experts that go, limits, budgets by machine, costs kept, fallback."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import moe_collab
+from moe_collab import MoeCollabError
+from moe_collab.architectures import describe
+from moe_collab.calibration.costs import CostTable
+from moe_collab.checkpoint.reader import Checkpoint
+from moe_collab.modifiers.mixed_bit_alloc import MixedBitAllocModifier
+from moe_collab.plan import CompressionPlan
+
+from .conftest import QUANTIZE, load, run, samples
+
+FISHER = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
+OPTIONS = {"bits": ["ternary", 2, 4], "group_size": [32, 128]}
+
+
+def allocate(tmp_path, path, quantizer=FISHER, out="out", **fields):
+    """(plan, checkpoint) of one run; the size on disk is always the predicted one."""
+    plan = tmp_path / f"{out}.json"
+    modifier = {"MixedBitAllocModifier": {**OPTIONS, "plan": str(plan), **fields}}
+    run(path, modifier, quantizer, output=tmp_path / out)
+    decided = CompressionPlan.load(plan)
+    size = sum(file.stat().st_size for file in (tmp_path / out).glob("*.safetensors"))
+    assert size == decided.predicted_bytes
+    return decided, tmp_path / out
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [("qwen3_moe", "physical"), ("deepseek_v3", "physical"), ("deepseek_v3", "masked")]
+)
+def test_experts_go_where_bytes_are_short(family, form, tiny, tmp_path):
+    model = load(tiny(family))
+    with torch.no_grad():  # some experts hardly matter
+        for layer in describe(model).layers:
+            for index in (1, 5):
+                for _, i, _, module in layer.projections():
+                    if i == index:
+                        module.weight.mul_(1e-3)
+    decided, out = allocate(tmp_path, model, bpw=1.7, pruning=form)
+    gone = {layer: set(indices) for layer, indices in decided.dropped.items()}
+    assert gone and all(indices & {1, 5} for indices in gone.values())
+    assert decided.expert_bpw <= 1.7 and decided.heldout_kl is not None
+    config = json.loads((out / "config.json").read_text())
+    key = "n_routed_experts" if family == "deepseek_v3" else "num_local_experts"
+    if form == "physical":
+        counts = {len(indices) for indices in gone.values()}
+        assert len(counts) == 1 and config[key] == decided.num_experts == 8 - counts.pop()
+    else:
+        assert config[key] == decided.num_experts == 8
+        checkpoint = Checkpoint(out)
+        for layer, indices in gone.items():
+            for index in indices:
+                assert not [n for n in checkpoint.names() if n.startswith(f"{layer}.experts.{index}.")]
+    logits = moe_collab.load(out, dtype=torch.float32)(input_ids=torch.arange(40)[None]).logits
+    assert logits.isfinite().all()
+
+
+def test_masking_needs_a_selection_bias(tiny):
+    with pytest.raises(MoeCollabError, match="no selection bias"):
+        run(tiny("qwen3_moe"), {"MixedBitAllocModifier": {**OPTIONS, "bpw": 3, "pruning": "masked"}}, FISHER)
+
+
+def test_max_kl_alone_finds_the_smallest_that_keeps_it(tiny, tmp_path):
+    loose, _ = allocate(tmp_path, tiny("qwen3_moe"), out="loose", max_kl=1e-2)
+    tight, _ = allocate(tmp_path, tiny("qwen3_moe"), out="tight", max_kl=2e-4)
+    assert loose.heldout_kl <= 1e-2 and tight.heldout_kl <= 2e-4
+    assert loose.predicted_bytes < tight.predicted_bytes
+
+
+def test_a_missed_max_kl_is_an_error_and_leaves_nothing(tiny, tmp_path):
+    with pytest.raises(MoeCollabError, match=r"max_kl: within the budget KL on held-out tokens is .* over the limit"):
+        allocate(tmp_path, tiny("qwen3_moe"), bpw=2.2, max_kl=1e-7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_leaves_room_for_serving(tiny, tmp_path):
+    with pytest.raises(MoeCollabError, match="leaves nothing for weights"):
+        allocate(tmp_path, tiny("qwen3_moe"), fit="1GiB")
+    decided, _ = allocate(tmp_path, tiny("qwen3_moe"), fit="2GiB", context=128)
+    assert 0 < decided.budget_bytes < 2 << 30
+
+
+def test_costs_are_kept_and_belong_to_their_model(tiny, tmp_path):
+    costs = tmp_path / "costs.json"
+    first, one = allocate(tmp_path, tiny("qwen3_moe"), out="one", bpw=3, costs=str(costs))
+    written = costs.read_bytes()
+    again, two = allocate(tmp_path, tiny("qwen3_moe"), out="two", bpw=3, costs=str(costs))
+    assert costs.read_bytes() == written and first == again
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    with pytest.raises(MoeCollabError, match="another model or other options"):
+        allocate(tmp_path, tiny("qwen3_moe", seed=1), out="three", bpw=3, costs=str(costs))
+    costs.write_text("{")
+    with pytest.raises(MoeCollabError, match="not a valid table of costs"):
+        allocate(tmp_path, tiny("qwen3_moe"), out="four", bpw=3, costs=str(costs))
+
+
+def test_the_whole_model_takes_part_above_its_floors(tiny, tmp_path):
+    fields = {"budget": 400_000, "scope": "model", "ignore": [], "floors": {"lm_head$": 8, "self_attn": 4, ".": 2}}
+    decided, out = allocate(tmp_path, tiny("deepseek_v3"), bits=["ternary", 2, 4, 8], **fields)
+    schemes = decided.parsed()
+    assert schemes["lm_head"].num_bits >= 8
+    assert all(s.num_bits >= 4 for n, s in schemes.items() if "self_attn" in n)
+    assert any("shared_experts" in n and s.is_packed for n, s in schemes.items())
+    assert moe_collab.load(out)(input_ids=torch.arange(40)[None]).logits.isfinite().all()
+
+
+def test_falls_back_to_the_uniform_scheme_if_that_is_better(tiny, tmp_path, monkeypatch):
+    stock = CostTable.cost
+
+    def misled(self, name, scheme):  # as if rounding half of the experts cost nothing
+        return 0.0 if int(name.split(".experts.")[1].split(".")[0]) % 2 else stock(self, name, scheme)
+
+    monkeypatch.setattr(CostTable, "cost", misled)
+    decided, _ = allocate(tmp_path, tiny("qwen3_moe"), bpw=4.6, bits=[2, 4, 8], group_size=32)
+    assert decided.uniform_kl == decided.heldout_kl
+    assert set(decided.schemes.values()) == {decided.uniform}
+
+
+def test_speed_moves_bits_away_from_busy_experts(tiny, tmp_path):
+    plain, _ = allocate(tmp_path, tiny("qwen3_moe"), out="plain", bpw=3)
+    fast, _ = allocate(tmp_path, tiny("qwen3_moe"), out="fast", bpw=3, speed=1e6)
+    assert activated_bits(fast) < activated_bits(plain)
+
+
+def activated_bits(plan):
+    total = 0.0
+    for name, scheme in plan.parsed().items():
+        layer, _, rest = name.partition(".experts.")
+        total += plan.routed_tokens[layer][int(rest.split(".")[0])] * scheme.num_bits
+    return total
+
+
+def test_works_before_stock_gptq_too(tiny, tmp_path):
+    decided, _ = allocate(tmp_path, tiny("deepseek_v3"), QUANTIZE, bits=[2, 4, 8], bpw=3.2, pruning="masked")
+    assert decided.expert_bpw <= 3.2 and decided.uniform_kl is not None
+
+
+def test_symmetric_auto_offers_zero_points_where_they_pay():
+    offered = MixedBitAllocModifier(bpw=3, bits=["ternary", 2, 4, 8, 16], group_size=64).schemes()
+    assert [str(s) for s in offered] == [
+        "ternary-g64",
+        "int2-g64-sym",
+        "int2-g64-asym",
+        "int4-g64-sym",
+        "int4-g64-asym",
+        "int8-g64-sym",
+        "dense",
+    ]
+
+
+def test_tuned_scales_come_closer_and_stay_on_the_grid(tiny, tmp_path):
+    kl = {}
+    for steps in (0, 40):
+        out = tmp_path / str(steps)
+        tuned = {"FisherGPTQModifier": {"ignore": ["lm_head"], "tuning_steps": steps}}
+        run(tiny("qwen3_moe"), {"MixedBitAllocModifier": {**OPTIONS, "bpw": 2.3}}, tuned, output=out)
+        base, found = (moe_collab.load(path, dtype=torch.float32) for path in (tiny("qwen3_moe"), out))
+        ids = torch.stack([row["input_ids"] for row in samples().dataset])
+        with torch.no_grad():
+            logp = [model(ids).logits.log_softmax(-1) for model in (base, found)]
+        kl[steps] = float((logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean())
+    assert kl[40] < kl[0]
+    assert load_file(tmp_path / "40/model.safetensors").keys() == load_file(tmp_path / "0/model.safetensors").keys()
