@@ -56,6 +56,7 @@ from moe_collab.rounding import Rounder
 
 from ..compress import FIXTURE, calibration, checkpoint_size, mixed_recipe, run_oneshot, tokens, uniform_recipe
 from .baselines import ends_rule, paper_greedy, random_ranking
+from .codebook import BITS_PER_WEIGHT, codebook_bytes, codebook_weights
 from .solver import solver_rows
 
 UNIFORM = {"2bit-g128": (2, 128), "2bit-g32": (2, 32), "3bit-g128": (3, 128), "4bit-g128": (4, 128)}
@@ -70,6 +71,7 @@ TARGETS = {
 ABLATED = ("2bit-g128", "3bit-g128")
 BITS, GROUPS = ["ternary", 2, 3, 4, 5, 6, 8], [32, 64, 128]
 COSTS_SAMPLED = 40
+PARTS = ["main", "baselines", "ablation", "costs", "whole", "codebook", "solver"]
 
 
 class Model:
@@ -136,9 +138,9 @@ class Model:
             return planner.layout.file_bytes(dict.fromkeys(planner.experts, Scheme(TERNARY, 128)))
         return checkpoint_size(self.folder / f"uniform-{size}")
 
-    def in_memory(self, decision: Decision) -> Evaluation:
+    def in_memory(self, decision: Decision, rounder: Rounder | None = None) -> Evaluation:
         """Round as `decision` says and evaluate, on the live model."""
-        rounder = Rounder(scale_dtype=self.live.dtype)
+        rounder = rounder or Rounder(scale_dtype=self.live.dtype)
         masks = kept_masks(self.moe, decision.dropped)
         with float32_weights(self.live), masked_routers(self.moe, masks):
             grids = round_model(self.live, self.moe, decision.schemes, self.batches, rounder)
@@ -182,6 +184,8 @@ class Bench:
             self.add("costs", "", "rank correlation", self._rank_correlation)
         if "whole" in parts:
             self._whole_model()
+        if "codebook" in parts:
+            self._codebook()
 
     def _main(self, size: str, forms: list[str]) -> None:
         for form in forms:
@@ -238,7 +242,9 @@ class Bench:
                 best = size, schemes
         return None if best is None else Decision(best[1])
 
-    def _decided(self, case: str, size: str, method: str, decide: Callable[[], Decision | None]) -> None:
+    def _decided(
+        self, case: str, size: str, method: str, decide: Callable[[], Decision | None], rounder: Rounder | None = None
+    ) -> None:
         def make() -> dict[str, Any]:
             decision = decide()
             if decision is None:
@@ -246,7 +252,9 @@ class Bench:
             physical = "physical" in method
             size_now = self.model.planner(budget="1TB").layout.file_bytes(decision.schemes, decision.dropped, physical)
             dropped = sum(map(len, decision.dropped.values()))
-            return self._row(size, size_now, self.model.in_memory(decision), "memory") | {"experts_dropped": dropped}
+            return self._row(size, size_now, self.model.in_memory(decision, rounder), "memory") | {
+                "experts_dropped": dropped
+            }
 
         self.add(case, size, method, make)
 
@@ -333,6 +341,32 @@ class Bench:
             "predicted_over_measured": round(sum(predicted) / sum(measured), 4),
             "kl": None,
         }
+
+    def _codebook(self) -> None:
+        """A vector codebook of 1.5 bits against ternary, alike for all experts."""
+        model = self.model
+        layout = model.planner(budget="1TB").layout
+        names = sorted(model.planner(budget="1TB").experts)
+        ternary = dict.fromkeys(names, Scheme(TERNARY, 128))
+        weights = sum(model.live.get_submodule(name).weight.numel() for name in names)
+        rest = layout.file_bytes(ternary) - sum(layout.size(name, s, header=False) for name, s in ternary.items())
+        size = rest + int(weights * BITS_PER_WEIGHT / 8) + codebook_bytes()
+        for method, feedback in (("codebook, nearest", False), ("codebook, error feedback", True)):
+
+            def make(feedback: bool = feedback) -> dict[str, Any]:
+                found = codebook_weights(model.live, model.moe, model.batches, feedback)
+                with float32_weights(model.live):
+                    replaced = {model.live.get_submodule(name).weight: value for name, value in found.items()}
+                    with replaced_weights(replaced):
+                        return self._row(None, size, evaluate(model.live, model.test, model.base), "memory")
+
+            self.add("codebook", BELOW, method, make)
+        for method, rounder in {
+            "ternary-g128, nearest": Rounder(feedback=False),
+            "ternary-g128, error feedback": Rounder(descent=False),
+            "ternary-g128, our rounding": Rounder(),
+        }.items():
+            self._decided("codebook", BELOW, method, partial(Decision, ternary), rounder)
 
     def _whole_model(self) -> None:
         """All Linears take part; against the better of experts-only and all-Linear uniform GPTQ at their sizes."""
@@ -429,7 +463,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(TARGETS))
     parser.add_argument("--sizes", nargs="*", default=[*UNIFORM, BELOW])
-    parser.add_argument("--parts", nargs="*", default=["main", "baselines", "ablation", "costs", "whole", "solver"])
+    parser.add_argument(
+        "--parts", nargs="*", default=["main", "baselines", "ablation", "costs", "whole", "codebook", "solver"]
+    )
     parser.add_argument("--tuning-steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
@@ -437,9 +473,8 @@ def main() -> None:
     logger.add(sys.stderr, level="WARNING")
     for family in options.models:
         Bench(Model(family, options.output, options.tuning_steps)).run(options.sizes, options.parts)
-    rows = [
-        row for f in sorted((options.output / "allocation").glob("*/rows.json")) for row in json.loads(f.read_text())
-    ]
+    files = sorted((options.output / "allocation").glob("*/rows.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())]
     if "solver" in options.parts:
         solver = options.output / "allocation" / "solver.json"
         solver.write_text(json.dumps(solver_rows(), indent=1))

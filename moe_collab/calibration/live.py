@@ -8,9 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import nn
 
 from ..architectures import MASKED_BIAS, MoELayer, MoEModel
+from ..kernels.memory import available_memory
 
 __all__ = [
     "float32_weights",
@@ -28,10 +30,15 @@ __all__ = [
 def float32_weights(model: nn.Module) -> Iterator[None]:
     """Compute in float32 within the block, whatever the weights' type; afterwards they are as they were.
 
-    CPUs without bfloat16 units are several times faster so, and small differences in KL are not rounded away.
+    CPUs without bfloat16 units are several times faster so, and small differences in KL are not rounded away. Where it
+    would take more than half of the available memory, the model computes in its own type.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     narrow = {id(t): (t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)}
+    needed, free = 4 * sum(t.numel() for t, _ in narrow.values()), available_memory()
+    if 0 < free < 2 * needed:
+        logger.info("computing in the model's own type; float32 takes {:.1f} GB of {:.1f}", needed / 1e9, free / 1e9)
+        narrow = {}
     try:
         for tensor, data in narrow.values():
             tensor.data = data.float()

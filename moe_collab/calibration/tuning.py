@@ -143,4 +143,4 @@ def _grids_in_place(model: Any, grids: Mapping[str, Grid], factors: Mapping[str,
 def _forward(bias: torch.Tensor | None, grid: Grid, factor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     scales = grid.scales if factor is None else grid.scales * factor
     weight = (grid.codes[0] - grid.wide(grid.zeros)[0]) * grid.wide(scales)[0]
-    return linear(x, weight, bias)
+    return linear(x, weight.to(x.dtype), bias)

@@ -80,10 +80,11 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
             )
         device = next(model.parameters()).device
         batches = [inputs_of(batch, device) for batch in state.data.calib]
+        rounder = Rounder(scale_dtype=model.dtype)
         with eval_context(model):
             lessons = self._lessons or (teach(model, batches) if self.tuning_steps else None)
             with float32_weights(model):
-                found = round_model(model, moe, schemes, batches, Rounder(scale_dtype=model.dtype))
+                found = round_model(model, moe, schemes, batches, rounder)
             if lessons:
                 found = self._tuned(model, found, lessons)
         for name, grid in found.items():
