@@ -252,9 +252,8 @@ class Bench:
             physical = "physical" in method
             size_now = self.model.planner(budget="1TB").layout.file_bytes(decision.schemes, decision.dropped, physical)
             dropped = sum(map(len, decision.dropped.values()))
-            return self._row(size, size_now, self.model.in_memory(decision, rounder), "memory") | {
-                "experts_dropped": dropped
-            }
+            row = self._row(size, size_now, self.model.in_memory(decision, rounder), "memory")
+            return row | {"experts_dropped": dropped}
 
         self.add(case, size, method, make)
 

@@ -33,18 +33,13 @@ class CheckpointLayout:
         router_rows = {name: layer.name for layer in moe.layers for name in _router_tensors(moe, layer)}
         saved = checkpoint_tensors(model, list(router_rows))
         self._router = {saved[name]: layer for name, layer in router_rows.items()}
-        self._cells = cache(self._measured)
+        self._cells = cache(_cell)
 
     def size(self, name: str, scheme: Scheme, header: bool = True) -> int:
         """Bytes of module `name` stored at `scheme`; with `header`, about what the file's header takes for it too."""
         weight = self._modules[name].weight
-        data, tensors, suffixes = self._cells(tuple(weight.shape), weight.dtype, scheme)
-        return data + header * (suffixes + tensors * (len(name) + _HEADER_BYTES))
-
-    def _measured(self, shape: tuple[int, int], dtype: torch.dtype, scheme: Scheme) -> tuple[int, int, int]:
-        """(bytes, tensors, characters of their names after the module's)."""
-        entries = _entries("", shape, dtype, scheme)
-        return sum(e.nbytes for e in entries), len(entries), sum(len(e.name) for e in entries)
+        entries, data, suffixes = self._cells(tuple(weight.shape), weight.dtype, scheme)
+        return data + header * (suffixes + len(entries) * (len(name) + _HEADER_BYTES))
 
     def file_bytes(
         self,
@@ -71,17 +66,23 @@ class CheckpointLayout:
             scheme = schemes.get(self._saved_as.get(entry.name, ""), DENSE)
             if scheme.is_packed:
                 dtype = self._modules[self._saved_as[entry.name]].weight.dtype
-                entries += _entries(saved, entry.shape, dtype, scheme)
+                parts, _, _ = self._cells(entry.shape, dtype, scheme)
+                entries += [TensorEntry(saved + part.name, part.dtype, part.shape) for part in parts]
+            elif gone:
+                entries.append(replace(entry, name=f"{saved}.{suffix}"))
             else:
-                entries.append(replace(entry, name=f"{saved}.{suffix}" if saved else suffix))
+                entries.append(entry)
         return checkpoint_bytes(entries)
 
 
-def _entries(name: str, shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> list[TensorEntry]:
-    if not scheme.is_packed:
-        return [entry_of(f"{name}.weight", torch.empty(shape, dtype=dtype, device="meta"))]
-    scale = entry_of("", torch.empty(0, dtype=dtype, device="meta")).dtype
-    return quantized_entries(name, shape, scheme.num_bits, scheme.group_of(shape[1]), scheme.symmetric, scale)  # type: ignore[arg-type]
+def _cell(shape: tuple[int, int], dtype: torch.dtype, scheme: Scheme) -> tuple[list[TensorEntry], int, int]:
+    """(what is stored of a matrix, each entry's name following the module's; bytes; characters of these names)."""
+    dense = entry_of(".weight", torch.empty(shape, dtype=dtype, device="meta"))
+    entries = [dense]
+    if scheme.is_packed:
+        group = scheme.group_of(shape[1])
+        entries = quantized_entries("", shape, scheme.num_bits, group, scheme.symmetric, scale_dtype=dense.dtype)
+    return entries, sum(entry.nbytes for entry in entries), sum(len(entry.name) for entry in entries)
 
 
 def _router_tensors(moe: MoEModel, layer: MoELayer) -> list[str]:

@@ -111,6 +111,7 @@ class MixedBitAllocModifier(Modifier):
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
 
     _moe: MoEModel | None = PrivateAttr(None)
+    _planner: Planner | None = PrivateAttr(None)
     _sensitivity: Sensitivity | None = PrivateAttr(None)
     _faithful: bool = PrivateAttr(False)
     _backward: bool = PrivateAttr(True)
@@ -212,17 +213,14 @@ class MixedBitAllocModifier(Modifier):
         return True
 
     def planner(self, model: torch.nn.Module) -> Planner:
-        """Also checks that every matrix has options, and the routers what pruning needs."""
+        """For this recipe on `model`. Raises `MoeCollabError` if its routers lack what pruning needs."""
         moe = describe(model)
         if self.pruning == "masked" and (bare := [layer.name for layer in moe.layers if layer.bias_holder is None]):
             raise MoeCollabError(
                 f"MixedBitAllocModifier.pruning: the router of {bare[0]} has no selection bias to mask experts by. "
                 "Use pruning: physical."
             )
-        targets = self._targets(model, moe)
-        for name, module in targets.items():
-            self.options(name, module, True)
-        return Planner(model, moe, targets, self, self._bytes(model))
+        return Planner(model, moe, self._targets(model, moe), self, self._bytes(model))
 
     def _bytes(self, model: Any) -> int | None:
         """The budget for all safetensors files, if there is one."""
@@ -299,7 +297,8 @@ class MixedBitAllocModifier(Modifier):
             self._reused.check_matches(self.plan, model_fingerprint(state.model), self._recipe_fingerprint())
             logger.info("MixedBitAllocModifier: reusing {}", self.plan)
             return
-        self._check_budget(self.planner(state.model))
+        self._planner = self.planner(state.model)
+        self._check_budget(self._planner)
         if self._backward:
             return
         logger.warning(
@@ -336,8 +335,8 @@ class MixedBitAllocModifier(Modifier):
         expect_plan(state.model, plan)
 
     def _decide(self, state: State) -> CompressionPlan:
-        assert self._moe is not None
-        model, planner = state.model, self.planner(state.model)
+        assert self._moe is not None and self._planner is not None
+        model, planner = state.model, self._planner
         if self._sensitivity is not None:
             table = self._sensitivity.finished(kl_per_squared_error(model, self._moe, state.data.calib))
             found = Found(planner.decide(table), table)

@@ -95,6 +95,7 @@ class Planner:
         self.recipe = recipe
         self.layout = CheckpointLayout(model, moe, modules)
         self.experts = {name for layer in moe.layers for name, *_ in layer.projections()} & set(modules)
+        self._known_options: dict[tuple, list[Scheme]] = {}
         self._items = list(self._grouped())
 
     def _grouped(self) -> Iterator[_Item]:
@@ -186,8 +187,13 @@ class Planner:
 
     def _options(self, name: str) -> list[Scheme]:
         """Schemes that module `name` may get, smallest first."""
-        options = self.recipe.options(name, self._modules[name], name in self.experts)
-        return sorted(options, key=lambda scheme: self.layout.size(name, scheme))
+        module, is_expert = self._modules[name], name in self.experts
+        # Experts are many and alike.
+        key = (tuple(module.weight.shape), self.recipe.fixed_bits(name), "" if is_expert else name)
+        if key not in self._known_options:
+            options = self.recipe.options(name, module, is_expert)
+            self._known_options[key] = sorted(options, key=lambda scheme: self.layout.size(name, scheme, header=False))
+        return self._known_options[key]
 
     def _choices(self, item: _Item, table: CostTable, drops: DropCosts | None, header: bool) -> _Choices:
         parts = [self._part(members, item.expert, table, header) for members in item.parts]

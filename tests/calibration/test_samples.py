@@ -5,29 +5,10 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
-from integration.compress import FIXTURE, tokens
 from moe_collab.architectures import describe
 from moe_collab.calibration import capture, float32_weights, log_probabilities, masked_routers, mean_kl
 from moe_collab.calibration.study import LayerStudy
-from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.errors import MoeCollabError
-
-
-@pytest.fixture(scope="module")
-def model():
-    from llmcompressor.utils import load_context
-    from transformers import AutoModelForCausalLM
-
-    import moe_collab  # noqa: F401
-
-    # load_context() would leave its way of loading experts behind for every later test of this process.
-    with stock_conversions(), load_context():
-        return AutoModelForCausalLM.from_pretrained(FIXTURE, dtype="auto").eval()
-
-
-@pytest.fixture(scope="module")
-def batches():
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens("calibration")[:32].split(8)]
 
 
 def test_predicts_the_kl_of_noise_at_the_last_layer(model, batches):

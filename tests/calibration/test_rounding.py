@@ -1,0 +1,80 @@
+"""Rounding on trial, Linears outside the experts, and tuned scales, on the trained fixture."""
+
+import pytest
+import torch
+
+pytest.importorskip("llmcompressor")
+
+from moe_collab.architectures import describe
+from moe_collab.calibration import Trial, float32_weights, log_probabilities, mean_kl, replaced_weights, round_model
+from moe_collab.calibration import rounding as module
+from moe_collab.calibration.linears import capture_linears
+from moe_collab.calibration.live import predict
+from moe_collab.calibration.tuning import teach, tune_scales
+from moe_collab.errors import MoeCollabError
+from moe_collab.formats import Scheme
+from moe_collab.rounding import Rounder
+
+NEAREST = Rounder(feedback=False)
+
+
+def uniform(model, scheme):
+    return {name: scheme for layer in describe(model).layers for name, *_ in layer.projections()}
+
+
+def test_a_second_trial_rounds_only_what_changed(model, batches, monkeypatch):
+    rounded = []
+    stock = module.round_model
+
+    def counted(model, moe, schemes, *rest):
+        rounded.append(len(schemes))
+        return stock(model, moe, schemes, *rest)
+
+    monkeypatch.setattr(module, "round_model", counted)
+    schemes = uniform(model, Scheme(3, 128))
+    trial = Trial(model, describe(model), NEAREST, batches[:2], batches[2:3])
+    first = trial.kl(schemes, {})
+    changed = schemes | {"model.layers.1.mlp.experts.3.down_proj": Scheme(2, 128)}
+    second = trial.kl(changed, {})
+    assert rounded == [len(schemes), 3] and 0 < first < second
+    fresh = Trial(model, describe(model), NEAREST, batches[:2], batches[2:3])
+    assert fresh.kl(changed, {}) == pytest.approx(second, rel=1e-6)
+    assert fresh.kl(schemes, {describe(model).layers[0].name: [2, 7]}) > first
+
+
+def test_costs_of_linears_predict_kl(model, batches):
+    inner, scheme = f"model.layers.{len(model.model.layers) - 1}.self_attn.o_proj", Scheme(5, 128)
+    with float32_weights(model), torch.no_grad():
+        base = [log_probabilities(model, batch) for batch in batches]
+        modules = {name: model.get_submodule(name) for name in (inner, "lm_head")}
+        samples = capture_linears(model, modules, batches)
+        weights = {name: seen.rounded(NEAREST, scheme).values()[0] for name, seen in samples.items()}
+        predicted = {name: seen.costs(NEAREST, [scheme])[0] for name, seen in samples.items()}
+        with replaced_weights({modules[inner].weight: weights[inner]}):
+            measured = mean_kl(model, batches, base)
+        hidden = torch.cat([predict(model, batch)[0].flatten(0, 1) for batch in batches])
+        change = hidden @ weights["lm_head"].T  # its weight is the embeddings' too, which stay
+        logp = torch.cat([logits.flatten(0, 1) for logits in base])
+        of_head = float((logp.exp() * (logp - change.log_softmax(-1))).sum(-1).mean())
+    # Behind attention routers flip too, behind lm_head there is nothing.
+    assert predicted[inner] == pytest.approx(measured, rel=0.6)
+    assert predicted["lm_head"] == pytest.approx(of_head, rel=0.25)
+
+
+def test_tuning_brings_predictions_closer_and_keeps_codes(model, batches):
+    lessons = teach(model, batches)
+    with float32_weights(model):
+        grids = round_model(model, describe(model), uniform(model, Scheme(2, 128)), batches, NEAREST)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuned = tune_scales(model, grids, lessons, 12, torch.bfloat16)
+    assert tuned.after < tuned.before
+    for name, grid in tuned.grids.items():
+        assert torch.equal(grid.codes, grids[name].codes)
+        assert torch.equal(grid.scales, grid.scales.bfloat16().float())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_tuning_needs_a_batch_to_judge_by(model, batches):
+    with pytest.raises(MoeCollabError, match="two batches"):
+        tune_scales(model, {}, teach(model, batches[:1]), 1, torch.bfloat16)
