@@ -47,7 +47,10 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     tuning_steps: int = Field(0, ge=0)
 
     _lessons: Lessons | None = PrivateAttr(None)
-    """The original's predictions, where an earlier modifier saw the model before it changed it."""
+
+    def learn_from(self, lessons: Lessons) -> None:
+        """Let tuning aim at the predictions of the model before it was changed, not as this modifier finds it."""
+        self._lessons = lessons
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""

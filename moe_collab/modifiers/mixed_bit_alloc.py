@@ -113,7 +113,7 @@ class MixedBitAllocModifier(Modifier):
     _moe: MoEModel | None = PrivateAttr(None)
     _planner: Planner | None = PrivateAttr(None)
     _sensitivity: Sensitivity | None = PrivateAttr(None)
-    _faithful: bool = PrivateAttr(False)
+    _fisher: list[FisherGPTQModifier] = PrivateAttr(default_factory=list)
     _backward: bool = PrivateAttr(True)
     _reused: CompressionPlan | None = PrivateAttr(None)
     _originals: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
@@ -250,8 +250,8 @@ class MixedBitAllocModifier(Modifier):
 
     def _check_quantizer_follows(self) -> None:
         followers = following_quantizers(self)
-        self._faithful = any(isinstance(follower, FisherGPTQModifier) for follower in followers)
-        if TERNARY in self.bits and not self._faithful:
+        self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
+        if TERNARY in self.bits and not self._fisher:
             raise MoeCollabError(
                 "MixedBitAllocModifier.bits: only FisherGPTQModifier rounds to ternary. Put it after "
                 "MixedBitAllocModifier, or take `ternary` out."
@@ -355,7 +355,8 @@ class MixedBitAllocModifier(Modifier):
 
     def _rounder(self, model: Any) -> Rounder:
         """As the next quantizer rounds, or to nearest: other quantizers round better, but alike for all."""
-        return Rounder(feedback=self._faithful, descent=self._faithful, scale_dtype=model.dtype)
+        faithful = bool(self._fisher)
+        return Rounder(feedback=faithful, descent=faithful, scale_dtype=model.dtype)
 
     def _plan(self, model: Any, planner: Planner, found: Found) -> CompressionPlan:
         assert self._moe is not None
@@ -383,9 +384,9 @@ class MixedBitAllocModifier(Modifier):
 
     def _let_quantizers_see(self, model: Any, batches: Batches) -> None:
         """Have tuning aim at the model as it is before experts go."""
-        for quantizer in following_quantizers(self):
-            if isinstance(quantizer, FisherGPTQModifier) and quantizer.tuning_steps:
-                quantizer._lessons = teach(model, batches)
+        for quantizer in self._fisher:
+            if quantizer.tuning_steps:
+                quantizer.learn_from(teach(model, batches))
 
     def _apply(self, model: torch.nn.Module, plan: CompressionPlan) -> None:
         assert self._moe is not None
