@@ -200,6 +200,7 @@ class Bench:
         run_oneshot(recipe, path, self.model.source)
         decided = CompressionPlan.load(plan)
         row = self._row(size, checkpoint_size(path), self.model.from_disk(path), "disk")
+        row["tuning_steps"] = self.model.tuning_steps
         kept = {"predicted_kl": decided.predicted_kl, "bound_kl": decided.bound_kl, "heldout_kl": decided.heldout_kl}
         dropped = sum(map(len, decided.dropped.values()))
         return row | kept | {"predicted_bytes": decided.predicted_bytes, "experts_dropped": dropped}
@@ -374,6 +375,8 @@ class Bench:
             path = model.folder / f"all-{size}"
             if not (path / "config.json").exists():
                 every = uniform_recipe(bits, group).replace(r"re:.*\.experts\.\d+\.(gate|up|down)_proj$", "Linear")
+                # Its 64 inputs are no whole group.
+                every = every.replace("[lm_head]", "[lm_head, 're:.*kv_b_proj$']")
                 run_oneshot(every, path, model.source)
             self.add("whole_model", size, "all Linears uniform GPTQ", lambda path=path: self._disk_row(path))
             budget = checkpoint_size(path)
@@ -465,7 +468,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="*", default=["main", "baselines", "ablation", "costs", "whole", "codebook", "solver"]
     )
-    parser.add_argument("--tuning-steps", type=int, default=300)
+    parser.add_argument("--tuning-steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     logger.remove()
