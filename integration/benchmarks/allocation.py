@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -175,9 +176,10 @@ class Bench:
             if size != BELOW:
                 self.add("allocation", size, "uniform GPTQ", partial(self._uniform, size))
         forms = ["none", "physical", *(["masked"] * self.model.moe.family.grouped)]
-        for part, make in (("main", self._main), ("baselines", self._baselines)):
-            for size in sizes if part in parts else ():
-                make(size, forms)
+        for form, size in product(forms if "main" in parts else (), sizes):
+            self.add("allocation", size, f"ours, pruning {form}", partial(self._ours, size, pruning=form))
+        for size in sizes if "baselines" in parts else ():
+            self._baselines(size, forms)
         for size in (s for s in ABLATED if s in sizes and "ablation" in parts):
             self._ablation(size)
         if "costs" in parts:
@@ -186,10 +188,6 @@ class Bench:
             self._whole_model()
         if "codebook" in parts:
             self._codebook()
-
-    def _main(self, size: str, forms: list[str]) -> None:
-        for form in forms:
-            self.add("allocation", size, f"ours, pruning {form}", partial(self._ours, size, pruning=form))
 
     def _ours(self, size: str, **fields: Any) -> dict[str, Any]:
         path = self.model.folder / f"ours-{size}-{fields.get('pruning', 'none')}"

@@ -14,6 +14,7 @@ from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.utils.helpers import eval_context
 from loguru import logger
@@ -38,7 +39,7 @@ from .planner import Planner, model_fingerprint
 from .propagation import kl_per_squared_error
 from .routing import RoutingTap
 from .saving import expect_plan, install_save
-from .schemes import attach_scheme, is_sound, round_in_place, rounded, weight_arguments
+from .schemes import attach_scheme, forget_empty_schemes, is_sound, round_in_place, rounded, settle, weight_arguments
 from .search import Found, Search
 from .sensitivity import Sensitivity
 from .surgery import keep_experts, mask_experts
@@ -113,6 +114,7 @@ class MixedBitAllocModifier(Modifier):
     _moe: MoEModel | None = PrivateAttr(None)
     _planner: Planner | None = PrivateAttr(None)
     _sensitivity: Sensitivity | None = PrivateAttr(None)
+    _to_nearest: bool = PrivateAttr(False)
     _fisher: list[FisherGPTQModifier] = PrivateAttr(default_factory=list)
     _backward: bool = PrivateAttr(True)
     _reused: CompressionPlan | None = PrivateAttr(None)
@@ -250,6 +252,7 @@ class MixedBitAllocModifier(Modifier):
 
     def _check_quantizer_follows(self) -> None:
         followers = following_quantizers(self)
+        self._to_nearest = any(isinstance(follower, QuantizationModifier) for follower in followers)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
         if TERNARY in self.bits and not self._fisher:
             raise MoeCollabError(
@@ -390,6 +393,7 @@ class MixedBitAllocModifier(Modifier):
 
     def _apply(self, model: torch.nn.Module, plan: CompressionPlan) -> None:
         assert self._moe is not None
+        forget_empty_schemes(model)
         for name, scheme in plan.parsed().items():
             if scheme.is_packed:
                 attach_scheme(model.get_submodule(name), scheme)
@@ -418,6 +422,8 @@ class MixedBitAllocModifier(Modifier):
         for name, module in state.model.named_modules():
             if getattr(module, "quantization_scheme", None) is None or not hasattr(module, "weight_scale"):
                 continue
+            if not is_sound(module) and self._to_nearest:
+                settle(module)
             if is_sound(module):
                 continue
             if module not in self._originals:

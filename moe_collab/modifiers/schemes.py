@@ -17,7 +17,17 @@ from ..checkpoint.ternary_packed import ternary_codes
 from ..errors import MoeCollabError
 from ..formats import TERNARY, TERNARY_PACKED, Scheme, unpack, unpack_ternary
 
-__all__ = ["attach_scheme", "codes_of", "is_sound", "is_ternary", "round_in_place", "rounded", "weight_arguments"]
+__all__ = [
+    "attach_scheme",
+    "codes_of",
+    "forget_empty_schemes",
+    "is_sound",
+    "is_ternary",
+    "round_in_place",
+    "rounded",
+    "settle",
+    "weight_arguments",
+]
 
 
 def weight_arguments(num_bits: int, group_size: int, symmetric: bool) -> QuantizationArgs:
@@ -54,6 +64,14 @@ def attach_scheme(module: torch.nn.Linear, scheme: Scheme) -> None:
     disable_quantization(module)
 
 
+def forget_empty_schemes(model: torch.nn.Module) -> None:
+    """Take away the schemes without weights that quantizers given none attach: AWQModifier trips on them."""
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is None and scheme.input_activations is None:
+            del module.quantization_scheme
+
+
 @torch.no_grad()
 def _search(weight: torch.Tensor, arguments: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor | None]:
     observer = Observer.load_from_registry(arguments.observer, base_name="weight", args=arguments)
@@ -78,6 +96,14 @@ def round_in_place(module: torch.nn.Linear, weight: torch.Tensor) -> None:
     update_offload_parameter(module, "weight_scale", scale)
     if zero_point is not None and hasattr(module, "weight_zero_point"):
         update_offload_parameter(module, "weight_zero_point", zero_point.to(module.weight_zero_point.dtype))
+
+
+@torch.no_grad()
+def settle(module: torch.nn.Linear) -> None:
+    """Round the weight onto the grid of its scales, as quantizers to nearest leave it to compression to do."""
+    zero_point = getattr(module, "weight_zero_point", None)
+    settled = fake_quantize(module.weight, module.weight_scale, zero_point, module.quantization_scheme.weights)
+    update_offload_parameter(module, "weight", settled)
 
 
 @torch.no_grad()

@@ -131,6 +131,22 @@ def test_works_before_stock_gptq_too(tiny, tmp_path):
     assert decided.expert_bpw <= 3.2 and decided.uniform_kl is not None
 
 
+@pytest.mark.parametrize("smoothing", [[], [{"AWQModifier": {}}]], ids=["to nearest", "AWQ"])
+def test_works_before_awq_and_rounding_to_nearest(smoothing, tiny, tmp_path, monkeypatch):
+    # Stock AWQModifier pins memory, which takes an accelerator.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
+    plan = tmp_path / "plan.json"
+    fields = {"bits": [2, 4, 8], "bpw": 4.5, "group_size": 32, "plan": str(plan)}
+    quantize = {"QuantizationModifier": {"ignore": ["lm_head"]}}
+    run(tiny("qwen3_moe"), {"MixedBitAllocModifier": fields}, *smoothing, quantize, output=tmp_path / "out")
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert size == CompressionPlan.load(plan).predicted_bytes
+    base, found = (moe_collab.load(path, dtype=torch.float32) for path in (tiny("qwen3_moe"), tmp_path / "out"))
+    with torch.no_grad():
+        logp = [model(torch.arange(40)[None]).logits.log_softmax(-1) for model in (base, found)]
+    assert float((logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean()) < 0.3
+
+
 def test_symmetric_auto_offers_zero_points_where_they_pay():
     offered = MixedBitAllocModifier(bpw=3, bits=["ternary", 2, 4, 8, 16], group_size=64).schemes()
     assert [str(s) for s in offered] == [
