@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.quantization.utils import is_module_quantized
-from llmcompressor.core import active_session
+from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 
 from ..errors import MoeCollabError
 
-__all__ = ["check_unquantized", "following_quantizers", "modifiers_of_this_pass"]
+__all__ = ["check_data", "check_unquantized", "following_quantizers", "modifiers_of_this_pass"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -25,6 +25,12 @@ def following_quantizers(modifier: Modifier) -> list[Modifier]:
     modifiers = modifiers_of_this_pass()
     position = next((i for i, other in enumerate(modifiers) if other is modifier), -1)
     return [other for other in modifiers[position + 1 :] if isinstance(other, QuantizationMixin)]
+
+
+def check_data(state: State, who: str) -> None:
+    """Raise `MoeCollabError` if oneshot() was given no calibration data."""
+    if state.data is None or state.data.calib is None:
+        raise MoeCollabError(f"{who}: it needs calibration data. Give oneshot() a dataset.")
 
 
 def check_unquantized(model: torch.nn.Module, who: str) -> None:

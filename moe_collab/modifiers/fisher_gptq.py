@@ -20,7 +20,7 @@ from ..calibration.tuning import Lessons, teach, tune_scales
 from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
 from ..rounding import Grid, Rounder
-from .common import check_unquantized
+from .common import check_data, check_unquantized
 from .saving import install_save
 from .schemes import is_ternary
 
@@ -55,8 +55,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""
         check_unquantized(state.model, "FisherGPTQModifier")
-        if state.data is None or state.data.calib is None:
-            raise MoeCollabError("FisherGPTQModifier: it needs calibration data. Give oneshot() a dataset.")
+        check_data(state, "FisherGPTQModifier")
         describe(state.model)
         if any(get_offloaded_device(module, _NOWHERE) == "disk" for module in state.model.modules()):
             raise MoeCollabError(

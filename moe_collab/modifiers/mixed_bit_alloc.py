@@ -31,7 +31,7 @@ from ..formats import DENSE, TERNARY, Scheme
 from ..plan import CompressionPlan, fingerprint
 from ..pruning import check_mask
 from ..rounding import Rounder
-from .common import check_unquantized, following_quantizers, modifiers_of_this_pass
+from .common import check_data, check_unquantized, following_quantizers, modifiers_of_this_pass
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
 from .notices import coverage, outcome
@@ -206,6 +206,7 @@ class MixedBitAllocModifier(Modifier):
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Check the recipe against the model before any data is read."""
         check_unquantized(state.model, "MixedBitAllocModifier")
+        check_data(state, "MixedBitAllocModifier")
         self._check_quantizer_follows()
         self._check_passes(state.model)
         planner = self.planner(state.model)
@@ -239,6 +240,8 @@ class MixedBitAllocModifier(Modifier):
     def _check_passes(self, model: torch.nn.Module) -> None:
         """Raise `MoeCollabError` if the model is on disk and something asked for needs a backward pass."""
         self._backward = all(get_offloaded_device(module, _NOWHERE) != "disk" for module in model.modules())
+        # With a backward pass, this modifier's passes are its own.
+        self.requires_calibration_data = not self._backward
         for key, used in (
             ("pruning", self.pruning != "none"),
             ("scope", self.scope == "model"),
