@@ -211,7 +211,8 @@ class Bench:
         model, budget = self.model, self.model.budget(size)
         planner = model.planner(budget=budget)
         for form in forms:
-            self._decided("allocation", size, f"ours, pruning {form}, untuned", partial(self._decide, budget, form))
+            decide = partial(self._decide, budget, form)
+            self._decided("allocation", size, f"ours, pruning {form}, untuned", decide, form=form)
         greedy = partial(planner.decide, self.error_table, solver=paper_greedy)
         self._decided("allocation", size, "paper greedy", greedy)
         same = partial(planner.decide, model.table, solver=paper_greedy)
@@ -242,14 +243,19 @@ class Bench:
         return None if best is None else Decision(best[1])
 
     def _decided(
-        self, case: str, size: str, method: str, decide: Callable[[], Decision | None], rounder: Rounder | None = None
+        self,
+        case: str,
+        size: str,
+        method: str,
+        decide: Callable[[], Decision | None],
+        rounder: Rounder | None = None,
+        form: str = "none",
     ) -> None:
         def make() -> dict[str, Any]:
             decision = decide()
             if decision is None:
                 return {"bytes": None, "kl": None, "path": "memory", "note": "does not fit"}
-            physical = "physical" in method
-            size_now = self.model.planner(budget="1TB").layout.file_bytes(decision.schemes, decision.dropped, physical)
+            size_now = self.model.planner(budget="1TB", pruning=form).file_bytes(decision)
             dropped = sum(map(len, decision.dropped.values()))
             row = self._row(size, size_now, self.model.in_memory(decision, rounder), "memory")
             return row | {"experts_dropped": dropped}

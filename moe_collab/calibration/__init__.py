@@ -1,7 +1,7 @@
 """What calibration tokens tell of a model's matrices: whom they reach, what errors there cost, how to round them."""
 
 from .experts import ExpertWeights
-from .live import float32_weights, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
+from .live import float32_weights, held_out, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
 from .rounding import Trial, kept_masks, round_model
 from .samples import LayerSamples, capture, capture_layers
 
@@ -12,6 +12,7 @@ __all__ = [
     "capture",
     "capture_layers",
     "float32_weights",
+    "held_out",
     "inputs_of",
     "kept_masks",
     "log_probabilities",

@@ -20,7 +20,7 @@ from .live import float32_weights
 from .samples import capture_layers
 from .study import HALVES, LayerStudy
 
-__all__ = ["CostTable", "dropping", "rounding_costs"]
+__all__ = ["CostTable", "dropping_costs", "rounding_costs"]
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 Options = Callable[[nn.Linear], Sequence[Scheme]]
@@ -96,17 +96,12 @@ def rounding_costs(
     return table
 
 
-def dropping(
+def dropping_costs(
     model: Any, moe: MoEModel, batches: Batches, dropped: Mapping[str, Collection[int]]
-) -> tuple[dict[str, list[float]], float]:
-    """(layer name -> cost of losing each expert besides those `dropped`, cost of losing all of these).
-
-    See `LayerStudy.drop_costs`: for an expert of `dropped` the cost is what bringing it back would save.
-    """
-    costs, together = {}, 0.0
+) -> dict[str, list[float]]:
+    """Layer name -> cost of losing each expert besides those `dropped`; of these, what bringing one back would save."""
     with float32_weights(model):
-        for layer, samples in capture_layers(model, moe.layers, batches):
-            study, gone = LayerStudy(layer, samples), sorted(dropped.get(layer.name, ()))
-            costs[layer.name] = study.drop_costs(gone).tolist()
-            together += study.dropping_loss(gone)
-    return costs, together
+        return {
+            layer.name: LayerStudy(layer, samples).drop_costs(sorted(dropped.get(layer.name, ()))).tolist()
+            for layer, samples in capture_layers(model, moe.layers, batches)
+        }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -16,6 +16,7 @@ from ..kernels.memory import available_memory
 
 __all__ = [
     "float32_weights",
+    "held_out",
     "inputs_of",
     "log_probabilities",
     "masked_routers",
@@ -24,6 +25,8 @@ __all__ = [
     "replaced_forward",
     "replaced_weights",
 ]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -108,6 +111,16 @@ def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
         return logits, weights, ids.to(indices.device)[indices]
 
     return forward
+
+
+def held_out(batches: Sequence[T]) -> tuple[list[T], list[T]]:
+    """(what to learn from, what to judge by): every eighth is held out, or the last of fewer, for text comes sorted.
+
+    A single batch has to do for both.
+    """
+    step = min(8, len(batches))
+    rest = [batch for position, batch in enumerate(batches) if position % step != step - 1]
+    return rest or list(batches), list(batches[step - 1 :: step])
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:

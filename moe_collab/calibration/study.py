@@ -25,7 +25,7 @@ HALVES = ("gate_up", "down")
 """What shares a scheme: an expert's gate_proj and up_proj, one fused matrix; its down_proj."""
 
 FEW_TOKENS = 32
-"""With fewer routed tokens an expert's down_proj is not refitted: it would be fitted to noise."""
+"""With fewer routed tokens an expert's statistics are noise: its down_proj is not refitted to them."""
 
 COST_TOKENS = 2048
 """Routed tokens per expert that stand for all in a cost."""
@@ -123,15 +123,6 @@ class LayerStudy:
                 change = float((self._losses(then, moved) - losses[moved]).sum()) / self.samples.num_tokens
                 costs[index] = change if kept[index] else -change
         return costs.clamp_min(0)
-
-    @torch.no_grad()
-    def dropping_loss(self, dropped: Sequence[int]) -> float:
-        """KL per token of losing the experts `dropped` together, the router choosing among the rest."""
-        if not dropped:
-            return 0.0
-        kept = torch.tensor([index not in dropped for index in range(self.layer.num_experts)])
-        losses = self._losses(self._routing(kept), torch.arange(self.samples.num_tokens))
-        return float(losses.sum()) / self.samples.num_tokens
 
     def _routing(self, kept: torch.Tensor) -> torch.Tensor:
         """The router's weights with only `kept` to choose from, [tokens, experts], 0 where not chosen."""

@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div, linear
 
 from ..errors import MoeCollabError
 from ..rounding import Grid
-from .live import float32_weights, log_probabilities, mean_kl, replaced_forward, replaced_weights
+from .live import float32_weights, held_out, log_probabilities, mean_kl, replaced_forward, replaced_weights
 from .samples import frozen
 
 __all__ = ["Lessons", "Tuned", "teach", "tune_scales"]
@@ -58,16 +58,14 @@ def teach(model: Any, batches: Batches) -> Lessons:
 
 
 def tune_scales(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype) -> Tuned:
-    """Adam on a factor per scale, minimizing KL(lessons || model), on all batches but the last eighth.
+    """Adam on a factor per scale, minimizing KL(lessons || model), on all batches but every eighth.
 
-    `grids` by module name stand for the weights. Scales are rounded to `dtype` before the held-out eighth judges: if
-    it finds no gain, the grids come back as they were. Raises `MoeCollabError` if there is only one batch.
+    `grids` by module name stand for the weights. Scales are rounded to `dtype` before the held-out batches judge: if
+    they find no gain, the grids come back as they were. Raises `MoeCollabError` if there is only one batch.
     """
-    pairs = list(zip(*lessons, strict=True))
-    if len(pairs) < 2:
+    if len(lessons.batches) < 2:
         raise MoeCollabError("tuning of scales needs two batches of calibration data, one of them to judge the other.")
-    held = max(1, len(pairs) // 8)
-    trained, unseen = pairs[:-held], pairs[-held:]
+    trained, unseen = held_out(list(zip(*lessons, strict=True)))
     factors = {name: nn.Parameter(torch.ones_like(grid.scales)) for name, grid in grids.items()}
     with float32_weights(model), frozen(model):
         before = _kl(model, grids, unseen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
@@ -10,7 +11,7 @@ from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 
 from ..errors import MoeCollabError
 
-__all__ = ["check_data", "check_unquantized", "following_quantizers", "modifiers_of_this_pass"]
+__all__ = ["check_data", "check_unquantized", "following_quantizers", "is_on_disk", "modifiers_of_this_pass"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -31,6 +32,12 @@ def check_data(state: State, who: str) -> None:
     """Raise `MoeCollabError` if oneshot() was given no calibration data."""
     if state.data is None or state.data.calib is None:
         raise MoeCollabError(f"{who}: it needs calibration data. Give oneshot() a dataset.")
+
+
+def is_on_disk(model: torch.nn.Module) -> bool:
+    """Whether any of the model's weights are offloaded to disk, where no backward pass reaches them."""
+    nowhere = torch.device("meta")  # of modules without parameters
+    return any(get_offloaded_device(module, nowhere) == "disk" for module in model.modules())
 
 
 def check_unquantized(model: torch.nn.Module, who: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization
 from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
@@ -20,14 +19,11 @@ from ..calibration.tuning import Lessons, teach, tune_scales
 from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
 from ..rounding import Grid, Rounder
-from .common import check_data, check_unquantized
+from .common import check_data, check_unquantized, is_on_disk
 from .saving import install_save
 from .schemes import is_ternary
 
 __all__ = ["FisherGPTQModifier"]
-
-_NOWHERE = torch.device("meta")
-"""Of modules without parameters."""
 
 
 class FisherGPTQModifier(Modifier, QuantizationMixin):
@@ -57,7 +53,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         check_unquantized(state.model, "FisherGPTQModifier")
         check_data(state, "FisherGPTQModifier")
         describe(state.model)
-        if any(get_offloaded_device(module, _NOWHERE) == "disk" for module in state.model.modules()):
+        if is_on_disk(state.model):
             raise MoeCollabError(
                 "FisherGPTQModifier: the model is offloaded to disk, and its backward pass needs all weights at hand. "
                 "Load it without offloading, or use GPTQModifier."

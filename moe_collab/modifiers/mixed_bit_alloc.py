@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.offload import get_offloaded_device
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -25,13 +24,14 @@ from ..allocation.memory import weights_budget
 from ..architectures import MoEModel, describe
 from ..calibration import inputs_of
 from ..calibration.costs import CostTable
+from ..calibration.study import FEW_TOKENS
 from ..calibration.tuning import teach
 from ..errors import MoeCollabError
 from ..formats import DENSE, TERNARY, Scheme
 from ..plan import CompressionPlan, fingerprint
 from ..pruning import check_mask
 from ..rounding import Rounder
-from .common import check_data, check_unquantized, following_quantizers, modifiers_of_this_pass
+from .common import check_data, check_unquantized, following_quantizers, is_on_disk, modifiers_of_this_pass
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
 from .notices import coverage, outcome
@@ -49,15 +49,10 @@ __all__ = ["SUPPORTED_BITS", "MixedBitAllocModifier"]
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
 SUPPORTED_BITS = (TERNARY, 2, 3, 4, 5, 6, 8, 16)
-FEW_TOKENS = 32
-"""Experts with fewer routed calibration tokens keep a copy of their weights: GPTQ may leave them at zero."""
-
 _ASYMMETRIC_BITS = 4
 """Widths up to which zero points are worth their bytes."""
 _FEWEST_ROWS = 16
 """Rows of a matrix; vLLM wants smaller ones, such as the gate of a shared expert, unquantized."""
-_NOWHERE = torch.device("meta")
-"""Of modules without parameters."""
 
 
 class MixedBitAllocModifier(Modifier):
@@ -239,7 +234,7 @@ class MixedBitAllocModifier(Modifier):
 
     def _check_passes(self, model: torch.nn.Module) -> None:
         """Raise `MoeCollabError` if the model is on disk and something asked for needs a backward pass."""
-        self._backward = all(get_offloaded_device(module, _NOWHERE) != "disk" for module in model.modules())
+        self._backward = not is_on_disk(model)
         # With a backward pass, this modifier's passes are its own.
         self.requires_calibration_data = not self._backward
         for key, used in (

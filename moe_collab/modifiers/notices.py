@@ -7,11 +7,10 @@ from collections import Counter
 from loguru import logger
 
 from ..allocation.budget import format_bytes
+from ..calibration.study import FEW_TOKENS
 from ..plan import CompressionPlan
 
 __all__ = ["coverage", "outcome"]
-
-_FEW = 32
 
 
 def coverage(plan: CompressionPlan) -> None:
@@ -19,9 +18,9 @@ def coverage(plan: CompressionPlan) -> None:
     rows = []
     for layer, tokens in plan.routed_tokens.items():
         never = [index for index, count in enumerate(tokens) if count == 0]
-        seldom = [index for index, count in enumerate(tokens) if 0 < count < _FEW]
+        seldom = [index for index, count in enumerate(tokens) if 0 < count < FEW_TOKENS]
         if never or seldom:
-            rows.append(f"{layer}: never {never or '-'}, fewer than {_FEW} tokens {seldom or '-'}")
+            rows.append(f"{layer}: never {never or '-'}, fewer than {FEW_TOKENS} tokens {seldom or '-'}")
     if rows:
         logger.warning(
             "no calibration token, or hardly any, was routed to these experts; what rounding them costs is judged by "

@@ -11,8 +11,8 @@ import torch
 from loguru import logger
 
 from ..architectures import MoEModel
-from ..calibration import Trial
-from ..calibration.costs import CostTable, dropping, rounding_costs
+from ..calibration import Trial, held_out
+from ..calibration.costs import CostTable, dropping_costs, rounding_costs
 from ..errors import MoeCollabError
 from ..formats import Scheme
 from ..plan import fingerprint
@@ -51,7 +51,7 @@ class Search:
 
     def run(self, batches: list[dict[str, torch.Tensor]], model: str) -> Found:
         """Search by calibration `batches`; `model` is the model's fingerprint. Raises `MoeCollabError` for `max_kl`."""
-        batches, heldout = _held_out(batches)
+        batches, heldout = held_out(_rows(batches[0]) if len(batches) == 1 else batches)
         table = self._table(batches, model)
         trial = Trial(self._model, self._moe, self._rounder, batches, heldout)
         recipe = self._recipe
@@ -114,7 +114,7 @@ class Search:
         """Costs of losing experts do not add up: they are measured anew besides those that go, until these stay."""
         dropped: Mapping[str, Collection[int]] = {}
         for _ in range(_DROP_ROUNDS):
-            drops, _ = dropping(self._model, self._moe, batches, dropped)
+            drops = dropping_costs(self._model, self._moe, batches, dropped)
             decision = self._planner.decide(table, drops)
             if decision.dropped == dropped:
                 break
@@ -137,10 +137,6 @@ class Search:
         )
 
 
-def _held_out(batches: list[dict[str, torch.Tensor]]) -> tuple[Batches, Batches]:
-    """(batches to measure on, batches to judge by): the last eighth; of a single batch, its last row."""
-    if len(batches) == 1:
-        whole = batches[0]
-        batches = [{k: v[i : i + 1] for k, v in whole.items()} for i in range(len(whole["input_ids"]))]
-    held = max(1, len(batches) // 8)
-    return batches[:-held] or batches, batches[-held:]
+def _rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Batches of one sequence each."""
+    return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["input_ids"]))]

@@ -6,7 +6,15 @@ import torch
 pytest.importorskip("llmcompressor")
 
 from moe_collab.architectures import describe
-from moe_collab.calibration import Trial, float32_weights, log_probabilities, mean_kl, replaced_weights, round_model
+from moe_collab.calibration import (
+    Trial,
+    float32_weights,
+    held_out,
+    log_probabilities,
+    mean_kl,
+    replaced_weights,
+    round_model,
+)
 from moe_collab.calibration import rounding as module
 from moe_collab.calibration.linears import capture_linears
 from moe_collab.calibration.live import predict
@@ -78,3 +86,10 @@ def test_tuning_brings_predictions_closer_and_keeps_codes(model, batches):
 def test_tuning_needs_a_batch_to_judge_by(model, batches):
     with pytest.raises(MoeCollabError, match="two batches"):
         tune_scales(model, {}, teach(model, batches[:1]), 1, torch.bfloat16)
+
+
+def test_what_is_held_out_comes_from_everywhere():
+    learnt, judged = held_out(list(range(32)))
+    assert judged == [7, 15, 23, 31] and sorted(learnt + judged) == list(range(32))
+    assert held_out([1, 2, 3]) == ([1, 2], [3])
+    assert held_out([1]) == ([1], [1])
