@@ -39,7 +39,7 @@ class CompressionPlan(BaseModel):
     expert_bpw: float = Field(gt=0)
     """Bits per weight of the routed experts that there were before."""
     predicted_kl: float = Field(ge=0)
-    """Sum of the measured costs, in nats per token: an estimate."""
+    """Sum of the measured costs, in nats per token: an estimate; with `speed`, that term included."""
     bound_kl: float = Field(ge=0)
     """No allocation of these options within the budget has a smaller sum of costs."""
     heldout_kl: float | None = None

@@ -52,7 +52,7 @@ class Decision:
     schemes: dict[str, Scheme]
     dropped: dict[str, list[int]] = field(default_factory=dict)
     cost: float = 0.0
-    """Sum of costs."""
+    """Sum of costs, the recipe's `speed` included."""
     bound: float = 0.0
     """No decision within the budget has a smaller sum."""
 
@@ -153,14 +153,15 @@ class Planner:
         return self._within_file(within, self._decision(choices, smallest), smallest.size)
 
     def uniform(self, table: CostTable) -> tuple[Scheme, Decision] | None:
-        """The cheapest decision within the budget that stores all routed experts alike, if any fits."""
+        """The cheapest decision within the budget that stores all routed experts alike but for `fixed`, if any fits."""
         best = None
-        rest = {name: self._options(name) for name in self._modules.keys() - self.experts}
+        alike = {name for name in self.experts if self.recipe.fixed_bits(name) is None}
+        rest = {name: self._options(name) for name in self._modules.keys() - alike}
         for scheme in self.recipe.schemes():
-            if any(scheme not in self._options(name) for name in self.experts):
+            if any(scheme not in self._options(name) for name in alike):
                 continue
             for others in ((options[0] for options in rest.values()), (options[-1] for options in rest.values())):
-                schemes = dict.fromkeys(self.experts, scheme) | dict(zip(rest, others, strict=True))
+                schemes = dict.fromkeys(alike, scheme) | dict(zip(rest, others, strict=True))
                 cost = sum(table.cost(name, chosen) for name, chosen in schemes.items())
                 if self._fits(schemes) and (best is None or cost < best[1].cost):
                     best = scheme, Decision(schemes, {}, cost)
@@ -196,7 +197,7 @@ class Planner:
         return self._known_options[key]
 
     def _choices(self, item: _Item, table: CostTable, drops: DropCosts | None, header: bool) -> _Choices:
-        parts = [self._part(members, item.expert, table, header) for members in item.parts]
+        parts = [self._part(members, table, header) for members in item.parts]
         schemes = list(product(*(options for options, _, _ in parts)))
         sizes, costs = np.zeros(1, np.int64), np.zeros(1)
         for _, size, cost in parts:
@@ -209,9 +210,7 @@ class Planner:
             sizes, costs = np.r_[0, sizes], np.r_[0.0 if loss is None else loss[item.expert.index], costs]
         return _Choices(schemes, sizes, costs)
 
-    def _part(
-        self, members: Sequence[str], expert: _Expert | None, table: CostTable, header: bool
-    ) -> tuple[list[Scheme], Ints, Floats]:
+    def _part(self, members: Sequence[str], table: CostTable, header: bool) -> tuple[list[Scheme], Ints, Floats]:
         """(options, sizes, costs) of matrices that share a scheme."""
         options = self._options(members[0])
         sizes = [sum(self.layout.size(name, scheme, header) for name in members) for scheme in options]
