@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 import yaml
+from loguru import logger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -16,6 +18,7 @@ __all__ = [
     "calibration",
     "checkpoint_size",
     "expert_bpw",
+    "log_warnings_only",
     "mixed_recipe",
     "run_oneshot",
     "tokens",
@@ -24,6 +27,12 @@ __all__ = [
 
 FIXTURE = Path(__file__).parent / "fixture" / "qwen3_moe"
 """The trained model; its token sets lie beside it."""
+
+
+def log_warnings_only() -> None:
+    """Of what llm-compressor says: it reports every rounded tensor, above the level of warnings, as METRIC."""
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", filter=lambda record: record["level"].name != "METRIC")
 
 
 def tokens(split: str, model: Path = FIXTURE) -> torch.Tensor:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loguru import logger
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -27,13 +26,24 @@ from moe_collab.evaluation import evaluate, log_probabilities
 from moe_collab.plan import CompressionPlan
 from moe_collab.report.plots import size_against_kl
 
-from .compress import FIXTURE, checkpoint_size, expert_bpw, mixed_recipe, run_oneshot, tokens, uniform_recipe
+from .compress import (
+    FIXTURE,
+    checkpoint_size,
+    expert_bpw,
+    log_warnings_only,
+    mixed_recipe,
+    run_oneshot,
+    tokens,
+    uniform_recipe,
+)
 from .server import serve
 
 UNIFORM = {"4bit-g128": (4, 128), "3bit-g128": (3, 128), "2bit-g128": (2, 128), "2bit-g32": (2, 32)}
 EQUAL_SIZES = ("3bit-g128", "2bit-g32")
 PROMPT = "And God said unto"
 TUNING_STEPS = 100
+TIE = 0.01
+"""Nats within which two tokens count as equally likely: the kernels compute with an error of 0.2 %."""
 SERVED = "moe-collab-at-3bit-g128"
 
 
@@ -43,9 +53,7 @@ def main() -> int:
     parser.add_argument("--serve-python", type=Path, required=True, help="python of the environment with vLLM")
     parser.add_argument("--output", type=Path, default=Path("build/demo"))
     options = parser.parse_args()
-    # llm-compressor logs every rounded tensor, which would bury the progress.
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
+    log_warnings_only()
     started = time.monotonic()
     models = compress_all(options.output)
     results = {"models": models, **serve_and_compare(options.output / SERVED, options.serve_python, options.output)}
@@ -101,24 +109,28 @@ def make(name: str, output: Path) -> tuple[Path, int | None]:
 
 
 def serve_and_compare(path: Path, python: Path, output: Path) -> dict[str, Any]:
-    """Ask a real server for completions, and transformers for the same tokens on the dequantized weights."""
+    """Ask a real server for completions, and transformers on the dequantized weights how likely each token was."""
     model = moe_collab.load(path, dtype=torch.float32)
     prompts = tokens("selection")[:8, :24]
-    equal = True
+    worst = 0.0
     print(f"serving {path} with vllm serve ...")
     with serve(python, path, output / "server.log") as server:
         text = server.complete(PROMPT, 32)["text"]
         for ids in tqdm(prompts, desc="vLLM against transformers", unit="prompt"):
-            served = server.complete(ids.tolist(), 24)["token_ids"]
-            expected = model.generate(ids[None], max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
-            equal = equal and served == expected
-    return {"served_tokens_equal": equal, "http_completion": text}
+            served = torch.tensor(server.complete(ids.tolist(), 24)["token_ids"])
+            with torch.no_grad():
+                logits = model(torch.cat([ids, served])[None]).logits[0, len(ids) - 1 : -1]
+            logp = logits.log_softmax(-1)
+            shortfall = logp.max(-1).values - logp.gather(-1, served[:, None])[:, 0]
+            worst = max(worst, float(shortfall.max()))
+    return {"served_shortfall": worst, "http_completion": text}
 
 
 def broken_claims(results: dict[str, Any]) -> list[str]:
     """What should hold and does not."""
     models = {row["name"]: row for row in results["models"]}
-    problems = [] if results["served_tokens_equal"] else ["vLLM's tokens differ from transformers'"]
+    tied = results["served_shortfall"] <= TIE
+    problems = [] if tied else ["vLLM chose a token that is not transformers' best"]
     for size in EQUAL_SIZES:
         ours, uniform = models[f"moe-collab-at-{size}"], models[f"uniform-{size}"]
         if ours["bytes"] > uniform["bytes"]:
@@ -142,7 +154,10 @@ def print_table(results: dict[str, Any]) -> None:
     console = Console(width=max(110, Console().width))
     console.print(table)
     console.print(f"vllm serve, asked for {PROMPT!r}: {results['http_completion']!r}", markup=False)
-    console.print(f"its tokens equal transformers' on the dequantized weights: {results['served_tokens_equal']}")
+    console.print(
+        "each of its tokens is transformers' best on the dequantized weights, "
+        f"or at most {results['served_shortfall']:.4f} nats less likely"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,6 @@ from unittest import mock
 
 import torch
 from llmcompressor.utils import load_context
-from loguru import logger
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
@@ -55,7 +53,16 @@ from moe_collab.modifiers.search import Search
 from moe_collab.plan import CompressionPlan
 from moe_collab.rounding import Rounder
 
-from ..compress import FIXTURE, calibration, checkpoint_size, mixed_recipe, run_oneshot, tokens, uniform_recipe
+from ..compress import (
+    FIXTURE,
+    calibration,
+    checkpoint_size,
+    log_warnings_only,
+    mixed_recipe,
+    run_oneshot,
+    tokens,
+    uniform_recipe,
+)
 from .baselines import ends_rule, paper_greedy, random_ranking
 from .codebook import BITS_PER_WEIGHT, codebook_bytes, codebook_weights
 from .solver import solver_rows
@@ -475,8 +482,7 @@ def main() -> None:
     parser.add_argument("--tuning-steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
+    log_warnings_only()
     for family in options.models:
         Bench(Model(family, options.output, options.tuning_steps)).run(options.sizes, options.parts)
     files = sorted((options.output / "allocation").glob("*/rows.json"))
