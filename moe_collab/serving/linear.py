@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    DCPGroupColumnParallelLinear,
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..errors import MoeCollabError
@@ -26,6 +28,8 @@ __all__ = ["SERVED", "MixedBitLinearMethod"]
 
 SERVED = (
     ColumnParallelLinear,
+    DCPGroupColumnParallelLinear,
+    DeepSeekV2FusedQkvAProjLinear,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,

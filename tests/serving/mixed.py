@@ -29,10 +29,19 @@ LINEAR = {
     "k_proj": (3, 32, False),
     "v_proj": (8, -1, True),
     "o_proj": (TERNARY, 128, True),
+    "q_a_proj": (4, 32, False),
+    "kv_a_proj_with_mqa": (3, 32, True),
+    "q_b_proj": (8, 32, True),
     "kv_b_proj": (6, 32, True),
+    "gate_proj": (2, 32, False),
+    "up_proj": (4, 64, True),
+    "down_proj": (5, 32, True),
     "lm_head": (5, 32, True),
 }
-"""Of the second layer, and of lm_head: q, k and v are one fused weight in vLLM."""
+"""Of the second layer, and of lm_head; the last three are shared experts'.
+
+In vLLM q, k and v are one fused weight, and so are q_a and kv_a, gate and up.
+"""
 
 
 def build_mixed(
