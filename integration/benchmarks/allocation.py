@@ -479,7 +479,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="*", default=["main", "baselines", "ablation", "costs", "whole", "codebook", "solver"]
     )
-    parser.add_argument("--tuning-steps", type=int, default=100)
+    parser.add_argument("--tuning-steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     log_warnings_only()

@@ -1,4 +1,4 @@
-"""Scales tuned end to end, codes fixed, so that the rounded model's predictions come closer to the original's."""
+"""Scales and codes tuned end to end, so that the rounded model's predictions come closer to the original's."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from ..rounding import Grid
 from .live import float32_weights, held_out, log_probabilities, mean_kl, replaced_forward, replaced_weights
 from .samples import frozen
 
-__all__ = ["Lessons", "Tuned", "teach", "tune_scales"]
+__all__ = ["Lessons", "Tuned", "teach", "tune_grids"]
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
 _TEACHER_BYTES = 2 << 30
 _ROWS = 16
 """Sequences to a step."""
-_RATE = 3e-3
+_FACTOR_RATE = 2e-3
+_PLACE_RATE = 2e-3
 _WARM_UP = 10
+_INSIDE = 0.45
+"""How far from its code, in steps of the grid, a weight may start: nearer than where another code is nearest."""
 
 
 class Lessons(NamedTuple):
@@ -37,7 +40,7 @@ class Lessons(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Grids with tuned scales, and the KL on held-out tokens, nats each, before and after."""
+    """Tuned grids, and the KL on held-out tokens, nats each, before and after."""
 
     grids: dict[str, Grid]
     before: float
@@ -57,27 +60,67 @@ def teach(model: Any, batches: Batches) -> Lessons:
     return lessons
 
 
-def tune_scales(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype) -> Tuned:
-    """Adam on a factor per scale, minimizing KL(lessons || model), on all batches but every eighth.
+def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype) -> Tuned:
+    """Adam on a factor per scale and a place per weight, minimizing KL(lessons || model); every eighth batch judges.
 
-    `grids` by module name stand for the weights. Scales are rounded to `dtype` before the held-out batches judge: if
-    they find no gain, the grids come back as they were. Raises `MoeCollabError` if there is only one batch.
+    `grids` by module name stand for the weights, the originals of which the model has. A weight's code is the one
+    nearest to its place; places start at the originals as far as they keep their codes, and see gradients as if there
+    were no rounding (straight-through estimator, arXiv 1308.3432). Takes five times the weights in float32.
+
+    Scales are rounded to `dtype` before the held-out batches judge: if they find no gain, the grids come back as they
+    were. Raises `MoeCollabError` if there is only one batch.
     """
     if len(lessons.batches) < 2:
-        raise MoeCollabError("tuning of scales needs two batches of calibration data, one of them to judge the other.")
+        raise MoeCollabError("tuning needs two batches of calibration data, one of them to judge the other.")
     trained, unseen = held_out(list(zip(*lessons, strict=True)))
-    factors = {name: nn.Parameter(torch.ones_like(grid.scales)) for name, grid in grids.items()}
     with float32_weights(model), frozen(model):
         before = _kl(model, grids, unseen)
-        with _grids_in_place(model, grids, factors):
-            _descend(model, list(factors.values()), trained, steps)
-        tuned = {name: _scaled(grid, factors[name].detach(), dtype) for name, grid in grids.items()}
+        loose = {name: _Loose(grid, model.get_submodule(name).weight.detach()) for name, grid in grids.items()}
+        with _in_place(model, loose):
+            _descend(model, list(loose.values()), trained, steps)
+        tuned = {name: grid.settled(dtype) for name, grid in loose.items()}
         after = _kl(model, tuned, unseen)
     return Tuned(tuned, before, after) if after < before else Tuned(dict(grids), before, before)
 
 
-def _descend(model: Any, parameters: list[nn.Parameter], data: list, steps: int) -> None:
-    optimizer = torch.optim.Adam(parameters, lr=_RATE)
+class _Loose:
+    """A grid that can learn: a factor for every scale and, in steps of the grid, a place for every weight."""
+
+    def __init__(self, grid: Grid, original: torch.Tensor) -> None:
+        self._grid = grid
+        wanted = original.float()[None] / grid.wide(grid.scales) + grid.wide(grid.zeros)
+        self.places = nn.Parameter(grid.codes + (wanted - grid.codes).clamp(-_INSIDE, _INSIDE))
+        self.factors = nn.Parameter(torch.ones_like(grid.scales))
+
+    def values(self) -> torch.Tensor:
+        """The weights [1, rows, columns]."""
+        codes = _Nearest.apply(self.places, *self._grid.scheme.levels)
+        return replace(self._grid, codes=codes, scales=self._grid.scales * self.factors).values()
+
+    @torch.no_grad()
+    def settled(self, dtype: torch.dtype) -> Grid:
+        """The grid as it has become, its scales of `dtype`."""
+        codes = _Nearest.apply(self.places, *self._grid.scheme.levels)
+        return replace(self._grid, codes=codes, scales=(self._grid.scales * self.factors).to(dtype).float())
+
+
+class _Nearest(torch.autograd.Function):
+    """The nearest of the codes low ... high; backward as if there were no rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, places: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        ctx.save_for_backward((places >= low - 0.5) & (places <= high + 0.5))
+        return places.round().clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (within,) = ctx.saved_tensors
+        return gradients[0] * within, None, None
+
+
+def _descend(model: Any, loose: list[_Loose], data: list, steps: int) -> None:
+    factors, places = [grid.factors for grid in loose], [grid.places for grid in loose]
+    optimizer = torch.optim.Adam([{"params": factors, "lr": _FACTOR_RATE}, {"params": places, "lr": _PLACE_RATE}])
     pace = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_pace, steps=steps))
     order = _shuffled(len(data))
     for _ in range(steps):
@@ -89,7 +132,7 @@ def _descend(model: Any, parameters: list[nn.Parameter], data: list, steps: int)
             loss = kl_div(found[chosen], target.float()[chosen], reduction="batchmean", log_target=True)
             (loss * len(found)).backward()
             rows += len(found)
-        for parameter in parameters:
+        for parameter in (*factors, *places):
             if parameter.grad is not None:
                 parameter.grad /= rows
         optimizer.step()
@@ -112,33 +155,26 @@ def _predicted(batch: Mapping[str, torch.Tensor]) -> Any:
     return batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
 
 
-def _scaled(grid: Grid, factor: torch.Tensor, dtype: torch.dtype) -> Grid:
-    return replace(grid, scales=(grid.scales * factor).to(dtype).float())
-
-
 @torch.no_grad()
 def _kl(model: Any, grids: Mapping[str, Grid], data: list) -> float:
-    with _grids_in_place(model, grids, {}):
+    with _in_place(model, grids):
         return mean_kl(model, [batch for batch, _ in data], [target for _, target in data])
 
 
 @contextmanager
-def _grids_in_place(model: Any, grids: Mapping[str, Grid], factors: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let the modules compute with `grids`, their scales times `factors`."""
+def _in_place(model: Any, grids: Mapping[str, Grid | _Loose]) -> Iterator[None]:
+    """Let the modules compute with `grids`."""
     head = model.get_output_embeddings()
     with ExitStack() as stack:
         for name, grid in grids.items():
             module = model.get_submodule(name)
             if module is head:
-                # `log_probabilities` applies its weight by hand, so it keeps its scales and is set once.
-                stack.enter_context(replaced_weights({module.weight: grid.values()[0]}))
-                continue
-            forward = partial(_forward, module.bias, grid, factors.get(name))
-            stack.enter_context(replaced_forward(module, forward))
+                # `log_probabilities` applies its weight by hand, so it learns nothing and is set once.
+                stack.enter_context(replaced_weights({module.weight: grid.values()[0].detach()}))
+            else:
+                stack.enter_context(replaced_forward(module, partial(_forward, module.bias, grid)))
         yield
 
 
-def _forward(bias: torch.Tensor | None, grid: Grid, factor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    scales = grid.scales if factor is None else grid.scales * factor
-    weight = (grid.codes[0] - grid.wide(grid.zeros)[0]) * grid.wide(scales)[0]
-    return linear(x, weight.to(x.dtype), bias)
+def _forward(bias: torch.Tensor | None, grid: Grid | _Loose, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, grid.values()[0].to(x.dtype), bias)

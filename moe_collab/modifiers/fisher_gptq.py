@@ -15,7 +15,7 @@ from torch import nn
 
 from ..architectures import describe
 from ..calibration import float32_weights, inputs_of, round_model
-from ..calibration.tuning import Lessons, teach, tune_scales
+from ..calibration.tuning import Lessons, teach, tune_grids
 from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
 from ..rounding import Grid, Rounder
@@ -33,8 +33,8 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     tokens are those really routed to it. Scales are searched and refitted, codes found by error feedback and then
     coordinate descent, and an expert's down_proj makes up for its rounded gate and up.
 
-    :param tuning_steps: afterwards, steps of Adam on the scales towards the original model's predictions; some hundred
-        bring most at 2 to 3 bits. Kept only if KL on held-out calibration tokens falls.
+    :param tuning_steps: afterwards, steps of Adam on scales and codes towards the original model's predictions; some
+        hundred bring most at 2 to 3 bits. Kept only if KL on held-out calibration tokens falls.
     """
 
     requires_calibration_data: bool = False
@@ -92,13 +92,13 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         logger.info("FisherGPTQModifier: rounded {} tensors", len(found))
 
     def _tuned(self, model: nn.Module, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
-        tuned = tune_scales(model, grids, lessons, self.tuning_steps, model.dtype)
+        tuned = tune_grids(model, grids, lessons, self.tuning_steps, model.dtype)
         logger.info(
             "FisherGPTQModifier: {} steps of tuning brought KL on held-out tokens from {:.4f} to {:.4f}{}",
             self.tuning_steps,
             tuned.before,
             tuned.after,
-            "" if tuned.after < tuned.before else "; scales stay as they were",
+            "" if tuned.after < tuned.before else "; nothing is changed",
         )
         return tuned.grids
 

@@ -18,7 +18,7 @@ from moe_collab.calibration import (
 from moe_collab.calibration import rounding as module
 from moe_collab.calibration.linears import capture_linears
 from moe_collab.calibration.live import predict
-from moe_collab.calibration.tuning import teach, tune_scales
+from moe_collab.calibration.tuning import teach, tune_grids
 from moe_collab.errors import MoeCollabError
 from moe_collab.formats import Scheme
 from moe_collab.rounding import Rounder
@@ -69,23 +69,26 @@ def test_costs_of_linears_predict_kl(model, batches):
     assert predicted["lm_head"] == pytest.approx(of_head, rel=0.25)
 
 
-def test_tuning_brings_predictions_closer_and_keeps_codes(model, batches):
-    lessons = teach(model, batches)
+def test_tuning_brings_predictions_closer_and_stays_on_the_grid(model, batches):
+    short = [{"input_ids": batch["input_ids"][:, :32]} for batch in batches]
+    lessons = teach(model, short)
     with float32_weights(model):
-        grids = round_model(model, describe(model), uniform(model, Scheme(2, 128)), batches, NEAREST)
+        grids = round_model(model, describe(model), uniform(model, Scheme(2, 128)), short, NEAREST)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tuned = tune_scales(model, grids, lessons, 12, torch.bfloat16)
+    tuned = tune_grids(model, grids, lessons, 60, torch.bfloat16)
     assert tuned.after < tuned.before
     for name, grid in tuned.grids.items():
-        assert torch.equal(grid.codes, grids[name].codes)
+        assert torch.equal(grid.codes, grid.codes.round().clamp(*grid.scheme.levels))
+        assert (grid.codes - grids[name].codes).abs().max() <= 1
         assert torch.equal(grid.scales, grid.scales.bfloat16().float())
+    assert any(not torch.equal(grid.codes, grids[name].codes) for name, grid in tuned.grids.items())
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert not any(p.grad is not None for p in model.parameters())
 
 
 def test_tuning_needs_a_batch_to_judge_by(model, batches):
     with pytest.raises(MoeCollabError, match="two batches"):
-        tune_scales(model, {}, teach(model, batches[:1]), 1, torch.bfloat16)
+        tune_grids(model, {}, teach(model, batches[:1]), 1, torch.bfloat16)
 
 
 def test_what_is_held_out_comes_from_everywhere():
