@@ -78,8 +78,11 @@ def run_oneshot(recipe: str, output: Path, source: Path = FIXTURE, data: DataLoa
     from llmcompressor.utils import load_context
     from transformers import AutoModelForCausalLM
 
+    from moe_collab.modifiers.compat import keep_attention_causal
+
     with load_context():
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    keep_attention_causal(model)  # for stock quantizers too: they are to be at their best
     oneshot(
         model=model,
         tokenizer=str(source),

@@ -79,7 +79,7 @@ TARGETS = {
 ABLATED = ("2bit-g128", "3bit-g128")
 BITS, GROUPS = ["ternary", 2, 3, 4, 5, 6, 8], [32, 64, 128]
 COSTS_SAMPLED = 40
-PARTS = ["main", "baselines", "ablation", "costs", "whole", "codebook", "solver"]
+PARTS = ["main", "baselines", "ablation", "costs", "whole", "codebook", "pruning", "solver"]
 
 
 class Model:
@@ -183,8 +183,8 @@ class Bench:
             if size != BELOW:
                 self.add("allocation", size, "uniform GPTQ", partial(self._uniform, size))
         forms = ["none", "physical", *(["masked"] * self.model.moe.family.grouped)]
-        for form, size in product(forms if "main" in parts else (), sizes):
-            self.add("allocation", size, f"ours, pruning {form}", partial(self._ours, size, pruning=form))
+        for size in sizes if "main" in parts else ():
+            self.add("allocation", size, "ours, pruning none", partial(self._ours, size))
         for size in sizes if "baselines" in parts else ():
             self._baselines(size, forms)
         for size in (s for s in ABLATED if s in sizes and "ablation" in parts):
@@ -195,6 +195,8 @@ class Bench:
             self._whole_model()
         if "codebook" in parts:
             self._codebook()
+        for form, size in product(forms[1:] if "pruning" in parts else (), sizes):
+            self.add("allocation", size, f"ours, pruning {form}", partial(self._ours, size, pruning=form))
 
     def _ours(self, size: str, **fields: Any) -> dict[str, Any]:
         path = self.model.folder / f"ours-{size}-{fields.get('pruning', 'none')}"
@@ -476,9 +478,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(TARGETS))
     parser.add_argument("--sizes", nargs="*", default=[*UNIFORM, BELOW])
-    parser.add_argument(
-        "--parts", nargs="*", default=["main", "baselines", "ablation", "costs", "whole", "codebook", "solver"]
-    )
+    parser.add_argument("--parts", nargs="*", default=PARTS)
     parser.add_argument("--tuning-steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from ..architectures import MoELayer, MoEModel, describe
 from ..errors import MoeCollabError
 from ..pruning import scaled_top_k
 from .common import check_unquantized
+from .compat import keep_attention_causal
 from .routing import RoutingTap
 from .saving import install_save
 from .surgery import set_top_k
@@ -61,6 +62,7 @@ class ActivationSmoothModifier(Modifier):
         self._original = (moe.num_experts, moe.top_k)
         if isinstance(self.num_experts_per_tok, int):
             self._check_reachable(moe, self.num_experts_per_tok)
+        keep_attention_causal(state.model)
         install_save(state.model)
         return True
 

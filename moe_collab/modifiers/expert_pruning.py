@@ -1,104 +1,268 @@
-"""`ExpertPruningModifier`: drop the experts that contribute least, layer by layer."""
+"""`ExpertPruningModifier`: drop the experts that contribute least, in every layer."""
 
 from __future__ import annotations
 
+import importlib
+import json
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ..architectures import MoELayer, MoEModel, describe
-from ..pruning import importance, kept_experts, target_num_experts
-from ..statistics import RouterStatistics
+from ..errors import MoeCollabError
+from ..pruning import (
+    CRITERIA,
+    check_mask,
+    importance,
+    kept_experts,
+    super_experts,
+    unmasked_experts,
+    wanted_num_experts,
+    whole_groups,
+)
+from ..statistics import ExpertStatistics, SavedStatistics
 from .common import check_unquantized
+from .compat import keep_attention_causal
+from .notices import coverage
+from .planner import model_fingerprint
+from .routing import RoutingTap
 from .saving import install_save
-from .surgery import keep_experts
+from .surgery import keep_experts, mask_experts
+from .token_tags import TokenTags
 
 __all__ = ["ExpertPruningModifier"]
 
 
 class ExpertPruningModifier(Modifier):
-    """Keep the experts with the highest I_e = alpha * f_e + (1 - alpha) * s_e (arXiv 2509.25689).
+    """Keep the experts that score highest over the calibration set; nothing is changed until all layers are judged.
 
-    f_e is how often the router selects expert e per token, s_e its mean router weight when selected, both
-    over the calibration set. Pruning is physical: expert tensors, router rows, the selection bias and the
-    saved config all shrink; every layer and every routing group keeps equally many experts.
-
-    :param alpha: weight of the frequency against the mean router weight, in [0, 1].
-    :param retention: share of the experts to keep, in (0, 1]; rounded up to whole routing groups.
+    :param retention: share of the experts to keep, in (0, 1]; of physical pruning rounded up to whole routing groups.
     :param num_experts: experts to keep per layer, instead of `retention`.
-    :param ignore: regexes of MoE layer names to leave alone. All layers must keep equally many experts,
-        so this is refused unless nothing would be pruned in the others.
+    :param criterion: one of `pruning.CRITERIA`; `importance`, I_e = alpha * frequency + (1 - alpha) * mean router
+        weight (arXiv 2509.25689); `package.module:function` of your own, from `ExpertStatistics` to scores [experts];
+        or a JSON file with a list of scores by layer name.
+    :param alpha: weight of the frequency in `importance`, in [0, 1].
+    :param pruning: `physical`: expert tensors, router rows, the selection bias and the saved config shrink, every layer
+        and routing group keeps equally many; `masked`: for routers with a selection bias, counts stay and the tensors
+        of dead experts are not stored, so that groups may lose different numbers.
+    :param protect: so many of each domain's best experts stay, if the calibration samples name a `domain`.
+    :param protect_super_experts: experts whose outputs hold the model's outliers stay (arXiv 2507.23279).
+    :param statistics: folder where statistics are kept; if it is there they are reused, whatever the criterion.
+    :param ignore: regexes of MoE layer names to leave alone; only with `masked`, for a config has one expert count.
     """
 
     requires_calibration_data: bool = True
 
-    alpha: float = Field(0.5, ge=0, le=1)
     retention: float | None = Field(None, gt=0, le=1)
     num_experts: int | None = Field(None, ge=1)
+    criterion: str = "frequency_reap"
+    alpha: float = Field(0.5, ge=0, le=1)
+    pruning: Literal["physical", "masked"] = "physical"
+    protect: int = Field(0, ge=0)
+    protect_super_experts: bool = False
+    statistics: str | None = None
     ignore: list[str] = Field(default_factory=list)
 
     _moe: MoEModel | None = PrivateAttr(None)
     _num_kept: int = PrivateAttr(0)
-    _statistics: dict[str, RouterStatistics] = PrivateAttr(default_factory=dict)
+    _seen: dict[str, ExpertStatistics] = PrivateAttr(default_factory=dict)
+    _tags: TokenTags | None = PrivateAttr(None)
+    _fingerprint: str = PrivateAttr("")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in (*CRITERIA, "importance") and ":" not in value and not value.endswith(".json"):
+            raise ValueError(
+                f"ExpertPruningModifier.criterion: {value!r} is none of importance, {', '.join(CRITERIA)}, no "
+                "`package.module:function` and no .json file"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_size(self) -> ExpertPruningModifier:
         if (self.retention is None) == (self.num_experts is None):
             raise ValueError("ExpertPruningModifier needs exactly one of `retention` and `num_experts`")
+        if self.protect and self.criterion.endswith(".json"):
+            raise ValueError("ExpertPruningModifier.protect: scores of a file are not by domain")
         return self
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Check the recipe against the model before any data is read."""
         check_unquantized(state.model, "ExpertPruningModifier")
-        self._moe = describe(state.model, self.ignore)
-        self._num_kept = target_num_experts(self._moe, self.retention, self.num_experts)
-        everything = len(describe(state.model).layers)
-        if self._num_kept < self._moe.num_experts and len(self._moe.layers) < everything:
+        self._moe = moe = describe(state.model, self.ignore)
+        self._num_kept = wanted_num_experts(moe, self.retention, self.num_experts)
+        if self.pruning == "physical":
+            self._num_kept = whole_groups(moe, self._num_kept)
+        if self._num_kept < moe.num_experts:
+            self._check_form(len(describe(state.model).layers))
+        if ":" in self.criterion:
+            self._own_function()
+        keep_attention_causal(state.model)
+        install_save(state.model)
+        return True
+
+    def _check_form(self, num_layers: int) -> None:
+        assert self._moe is not None
+        if self.pruning == "masked":
+            for layer in self._moe.layers:
+                if layer.bias_holder is None:
+                    raise MoeCollabError(
+                        f"ExpertPruningModifier.pruning: the router of {layer.name} has no selection bias to mask "
+                        "experts by. Use `physical`."
+                    )
+                unmasked_experts(self._moe, layer.name, torch.zeros(layer.num_experts), self._num_kept)
+        elif len(self._moe.layers) < num_layers:
             raise ValueError(
                 "ExpertPruningModifier.ignore: config.json has one expert count for all layers, so some layers "
                 "cannot keep all their experts while others are pruned. Remove `ignore`."
             )
-        install_save(state.model)
-        return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
-        """Watch every router's decisions."""
-        assert self._moe is not None
-        if self._num_kept == self._moe.num_experts:
+        """Watch every router's decisions and every expert's outputs, or read what an earlier run saw."""
+        moe = self._moe
+        assert moe is not None
+        if self._num_kept == moe.num_experts:
             logger.info("ExpertPruningModifier: all {} experts are kept, nothing to do", self._num_kept)
             return
-        for layer in self._moe.layers:
-            self._statistics[layer.name] = RouterStatistics(layer.num_experts)
-            self.register_hook(layer.router, partial(self._observe, layer.name), "forward")
+        self._fingerprint = model_fingerprint(state.model)
+        if self.statistics and Path(self.statistics).exists():
+            domains, self._seen = SavedStatistics.load(self.statistics, self._fingerprint)
+            self._check_domains(domains)
+            logger.info("ExpertPruningModifier: reusing {}", self.statistics)
+            return
+        self._tags = TokenTags(self, state.model, state.data.calib)
+        self._check_domains(self._tags.domains)
+        for layer in moe.layers:
+            self._seen[layer.name] = ExpertStatistics(layer.num_experts, len(self._tags.domains))
+            tap = RoutingTap(self, layer)
+            self.register_hook(layer.router, partial(self._see, layer.name), "forward")
+            for index in layer.live_experts:
+                self.register_hook(layer.expert(index), partial(self._see_expert, tap, index), "forward")
 
-    def _observe(self, name: str, _module: torch.nn.Module, _args: tuple, output: tuple) -> None:
-        _logits, weights, indices = output
-        assert self._moe is not None
-        self._statistics[name].update(weights, indices, self._moe.routed_scaling_factor)
+    def _check_domains(self, domains: list[str]) -> None:
+        if self.protect and domains == [""]:
+            raise MoeCollabError(
+                "ExpertPruningModifier.protect: no sample of the calibration set names its `domain`. Name them in the "
+                "dataset, or leave `protect` out."
+            )
 
-    def on_sequential_epoch_end(self, state: State, event: Event, modules: list | None = None, **kwargs) -> None:
-        """Prune the layers whose statistics are complete, before their outputs are propagated."""
-        done = {id(module) for module in modules or ()}
-        for layer in self._moe.layers if self._moe else ():
-            if id(layer.router) in done:
-                self._prune(layer)
+    def _see(self, name: str, _module: torch.nn.Module, _args: tuple, _output: object) -> None:
+        assert self._tags is not None
+        self._seen[name].see(self._tags.current[self._tags.valid])
+
+    def _see_expert(self, tap: RoutingTap, index: int, _module: torch.nn.Module, _args: tuple, output: object) -> None:
+        assert self._moe is not None and self._tags is not None
+        rows = output[0] if isinstance(output, tuple) else output
+        assert isinstance(rows, torch.Tensor)
+        tokens, weights = tap.tokens_of(index)
+        if not len(tokens):
+            return
+        domains = self._tags.current[tokens.cpu()]
+        valid = domains >= 0
+        rows, weights = tap.routed(index, rows)[0][valid], weights[valid] / self._moe.routed_scaling_factor
+        if len(rows):
+            self._seen[tap.layer.name].add(index, weights, rows, domains[valid])
 
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
-        """Prune what a pipeline without layer-by-layer events has left."""
+        """Judge all layers, then prune them."""
         self.remove_hooks()
-        for layer in self._moe.layers if self._moe else ():
-            self._prune(layer)
-
-    def _prune(self, layer: MoELayer) -> None:
-        statistics = self._statistics.pop(layer.name, None)
-        if statistics is None:
+        seen, self._seen = self._seen, {}
+        if not seen:
             return
         assert self._moe is not None
-        statistics.check_finite(layer.name)
-        kept = kept_experts(importance(statistics, self.alpha), self._num_kept, self._moe.n_group)
-        keep_experts(layer, kept)
+        for name, statistics in seen.items():
+            statistics.check(name)
+        if self.statistics and not Path(self.statistics).exists():
+            self._save(seen)
+        coverage({name: statistics.counts.long().tolist() for name, statistics in seen.items()})
+        scores = self._scores(seen)
+        kept = {layer.name: self._kept(layer, scores[layer.name]) for layer in self._moe.layers}
+        for layer in self._moe.layers:
+            self._prune(layer, kept[layer.name])
+
+    def _save(self, seen: Mapping[str, ExpertStatistics]) -> None:
+        assert self._moe is not None and self._tags is not None and self.statistics
+        saved = SavedStatistics(
+            model_fingerprint=self._fingerprint,
+            domains=self._tags.domains,
+            num_experts=self._moe.num_experts,
+            layers=list(seen),
+        )
+        saved.save(self.statistics, seen)
+
+    def _scores(self, seen: Mapping[str, ExpertStatistics]) -> dict[str, torch.Tensor]:
+        """Layer name -> scores [experts], float64; what is protected scores above all others."""
+        if self.criterion.endswith(".json"):
+            scores = self._from_file(seen)
+        else:
+            scores = {name: self._score(statistics, name) for name, statistics in seen.items()}
+        outliers = super_experts(seen) if self.protect_super_experts else {}
+        for name, statistics in seen.items():
+            safe = set(outliers.get(name, ()))
+            for domain in range(statistics.num_domains if self.protect else 0):
+                own = self._score(statistics.domain(domain), name)
+                safe |= set(own.argsort(descending=True, stable=True)[: self.protect].tolist())
+            if safe:
+                logger.info("{}: protected experts {}", name, sorted(safe))
+                scores[name][sorted(safe)] += 2 * scores[name].abs().max() + 1
+        return scores
+
+    def _score(self, statistics: ExpertStatistics, layer: str) -> torch.Tensor:
+        if self.criterion == "importance":
+            return importance(statistics, self.alpha)
+        score = CRITERIA[self.criterion] if self.criterion in CRITERIA else self._own_function()
+        found = torch.as_tensor(score(statistics), dtype=torch.float64).clone()
+        self._check_scores(found, layer)
+        return found
+
+    def _own_function(self):
+        module, _, name = self.criterion.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise MoeCollabError(f"ExpertPruningModifier.criterion: cannot import {self.criterion}: {error}") from error
+
+    def _from_file(self, seen: Mapping[str, ExpertStatistics]) -> dict[str, torch.Tensor]:
+        try:
+            stored = json.loads(Path(self.criterion).read_text())
+            scores = {name: torch.tensor(stored[name], dtype=torch.float64) for name in seen}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MoeCollabError(
+                f"ExpertPruningModifier.criterion: {self.criterion} does not hold a list of scores for each of "
+                f"{list(seen)}: {error!r}"
+            ) from error
+        for name, found in scores.items():
+            self._check_scores(found, name)
+        return scores
+
+    def _check_scores(self, scores: torch.Tensor, layer: str) -> None:
+        assert self._moe is not None
+        if scores.shape != (self._moe.num_experts,) or not torch.isfinite(scores).all():
+            raise MoeCollabError(
+                f"ExpertPruningModifier.criterion: {self.criterion} gives {layer} no {self._moe.num_experts} finite "
+                "scores; nothing was changed."
+            )
+
+    def _kept(self, layer: MoELayer, scores: torch.Tensor) -> list[int]:
+        assert self._moe is not None
+        if self.pruning == "masked":
+            return unmasked_experts(self._moe, layer.name, scores, self._num_kept)
+        return kept_experts(scores, self._num_kept, self._moe.n_group)
+
+    def _prune(self, layer: MoELayer, kept: list[int]) -> None:
+        assert self._moe is not None
+        if self.pruning == "masked":
+            dropped = [index for index in range(layer.num_experts) if index not in kept]
+            check_mask(self._moe, layer.name, dropped)
+            mask_experts(layer, dropped)
+        else:
+            keep_experts(layer, kept)
         logger.info("{}: kept experts {}", layer.name, kept)

@@ -32,6 +32,7 @@ from ..plan import CompressionPlan, fingerprint
 from ..pruning import check_mask
 from ..rounding import Rounder
 from .common import check_data, check_unquantized, following_quantizers, is_on_disk, modifiers_of_this_pass
+from .compat import keep_attention_causal
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
 from .notices import coverage, outcome
@@ -207,6 +208,7 @@ class MixedBitAllocModifier(Modifier):
         planner = self.planner(state.model)
         if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
             self._check_budget(planner)
+        keep_attention_causal(state.model)
         install_save(state.model)
         return True
 
@@ -350,7 +352,7 @@ class MixedBitAllocModifier(Modifier):
                 if found.decision.dropped:
                     self._let_quantizers_see(model, batches)
         plan = self._plan(model, planner, found)
-        coverage(plan)
+        coverage(plan.routed_tokens)
         outcome(plan)
         return plan
 

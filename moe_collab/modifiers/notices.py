@@ -1,8 +1,9 @@
-"""What allocation tells its user: how experts were reached by calibration, and what was decided."""
+"""What the user is told: how experts were reached by calibration, and what allocation decided."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from loguru import logger
 
@@ -13,18 +14,18 @@ from ..plan import CompressionPlan
 __all__ = ["coverage", "outcome"]
 
 
-def coverage(plan: CompressionPlan) -> None:
+def coverage(routed_tokens: Mapping[str, Sequence[int]]) -> None:
     """Warn of experts that calibration hardly reached, in one table: layer by layer, never and seldom."""
     rows = []
-    for layer, tokens in plan.routed_tokens.items():
+    for layer, tokens in routed_tokens.items():
         never = [index for index, count in enumerate(tokens) if count == 0]
         seldom = [index for index, count in enumerate(tokens) if 0 < count < FEW_TOKENS]
         if never or seldom:
             rows.append(f"{layer}: never {never or '-'}, fewer than {FEW_TOKENS} tokens {seldom or '-'}")
     if rows:
         logger.warning(
-            "no calibration token, or hardly any, was routed to these experts; what rounding them costs is judged by "
-            "their weights, or by little. Calibrate with more or other text:\n  {}",
+            "no calibration token, or hardly any, was routed to these experts; they are judged by their weights, "
+            "or by little. Calibrate with more or other text:\n  {}",
             "\n  ".join(rows),
         )
 

@@ -159,8 +159,8 @@ def test_pruning_keeps_the_experts_the_router_uses(tiny):
         handle.remove()
     rows = layer.router.weight.detach().clone()
     bias = layer.router.e_score_correction_bias.clone()
-    run(model, {"ExpertPruningModifier": {"num_experts": 4, "alpha": 1.0}})
-    # alpha 1: the two most selected experts of each of the two routing groups.
+    run(model, {"ExpertPruningModifier": {"num_experts": 4, "criterion": "frequency"}})
+    # The two most selected experts of each of the two routing groups.
     kept = sorted(counted[:4].topk(2).indices.tolist() + (4 + counted[4:].topk(2).indices).tolist())
     layer = describe(model).layers[0]
     assert torch.equal(layer.router.weight, rows[kept])
