@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from moe_collab.allocation import parse_bytes
 from moe_collab.architectures import describe
 from moe_collab.calibration.costs import CostTable
-from moe_collab.pruning import target_num_experts
+from moe_collab.pruning import wanted_num_experts, whole_groups
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
 # Qwen3-30B-A3B and DeepSeek-V3 as their config.json files describe them.
@@ -60,7 +60,8 @@ def test_is_valid_and_feasible(path, build):
     config, kept = CONFIGS[path.parent.name], {}
     if prune := found.get("ExpertPruningModifier"):
         moe = describe(build(config, num_hidden_layers=4))
-        kept = {moe.family.num_experts_keys[0]: target_num_experts(moe, prune.retention, prune.num_experts)}
+        wanted = wanted_num_experts(moe, prune.retention, prune.num_experts)
+        kept = {moe.family.num_experts_keys[0]: whole_groups(moe, wanted)}
     model, allocate = build(config, **kept), found["MixedBitAllocModifier"]
     assert all(list(match_named_modules(model, [f"re:.*{p}"])) for p in allocate.fixed)
     planner = allocate.planner(model)
