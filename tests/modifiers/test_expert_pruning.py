@@ -102,14 +102,22 @@ def by_domain():
 
 
 def test_the_best_experts_of_a_rare_domain_survive(tiny, tmp_path):
-    path = tiny("qwen3_moe")
-    model, (domains, seen) = prune(path, tmp_path / "seen", data=by_domain(), protect=2, criterion="frequency")
-    assert sorted(domains) == ["common", "rare"]
-    assert seen[GATE.format(0)].tokens[domains.index("rare")] == 6 * 32
-    unprotected, _ = prune(path, tmp_path / "seen", data=by_domain(), criterion="frequency")
-    best = [seen[GATE.format(i)].domain(domains.index("rare")).frequency.topk(2).indices.tolist() for i in (0, 1)]
-    assert all(set(two) <= set(kept) for two, kept in zip(best, kept_rows(model, path), strict=True))
-    assert kept_rows(model, path) != kept_rows(unprotected, path)
+    path, folder = tiny("qwen3_moe"), tmp_path / "seen"
+    _, (domains, seen) = prune(path, folder, data=by_domain(), criterion="frequency")
+    common, rare = domains.index("common"), domains.index("rare")
+    assert sorted(domains) == ["common", "rare"] and seen[GATE.format(0)].tokens[rare] == 6 * 32
+    # Let the rare domain need only the two experts that the other needs least.
+    least = [seen[GATE.format(i)].selections[common].topk(2, largest=False).indices.tolist() for i in (0, 1)]
+    for statistics, two in zip(seen.values(), least, strict=True):
+        statistics.selections[rare] = 0
+        statistics.selections[rare, two] = 1e-3
+    fingerprint = model_fingerprint(load(path))
+    meta = SavedStatistics(model_fingerprint=fingerprint, domains=domains, num_experts=8, layers=list(seen))
+    meta.save(folder, seen)
+    model, _ = prune(path, folder, data=by_domain(), criterion="frequency", protect=2)
+    assert all(set(two) <= set(kept) for two, kept in zip(least, kept_rows(model, path), strict=True))
+    model, _ = prune(path, folder, data=by_domain(), criterion="frequency")
+    assert not any(set(two) & set(kept) for two, kept in zip(least, kept_rows(model, path), strict=True))
 
 
 def test_super_experts_survive(tiny):
