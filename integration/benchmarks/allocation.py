@@ -22,19 +22,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from llmcompressor.utils import load_context
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM
 
-import moe_collab
-from moe_collab.architectures import describe
 from moe_collab.calibration import (
-    capture_layers,
     float32_weights,
-    inputs_of,
-    kept_masks,
     log_probabilities,
-    masked_routers,
     mean_kl,
     replaced_weights,
     round_model,
@@ -42,20 +34,14 @@ from moe_collab.calibration import (
 from moe_collab.calibration import study as study_module
 from moe_collab.calibration.costs import CostTable
 from moe_collab.calibration.moments import second_moments
-from moe_collab.calibration.study import HALVES, LayerStudy
-from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.evaluation import Evaluation, evaluate
-from moe_collab.evaluation import log_probabilities as test_log_probabilities
 from moe_collab.formats import TERNARY, Scheme
-from moe_collab.modifiers.mixed_bit_alloc import MixedBitAllocModifier
 from moe_collab.modifiers.planner import Decision, Planner
 from moe_collab.modifiers.search import Search
 from moe_collab.plan import CompressionPlan
 from moe_collab.rounding import Rounder
 
 from ..compress import (
-    FIXTURE,
-    calibration,
     checkpoint_size,
     log_warnings_only,
     mixed_recipe,
@@ -65,11 +51,10 @@ from ..compress import (
 )
 from .baselines import ends_rule, paper_greedy, random_ranking
 from .codebook import BITS_PER_WEIGHT, codebook_bytes, codebook_weights
+from .output_errors import output_error_table
 from .solver import solver_rows
+from .trained import BELOW, BITS, GROUPS, UNIFORM, TrainedModel
 
-UNIFORM = {"2bit-g128": (2, 128), "2bit-g32": (2, 32), "3bit-g128": (3, 128), "4bit-g128": (4, 128)}
-BELOW = "1.75bpw"
-"""A size that no uniform integers have; ternary has it."""
 SEEDS = 3
 RESAMPLES = 1000
 TARGETS = {
@@ -77,90 +62,14 @@ TARGETS = {
     "deepseek_v3": {"2bit-g128": 0.55, "2bit-g32": 0.55, "3bit-g128": 0.75},
 }
 ABLATED = ("2bit-g128", "3bit-g128")
-BITS, GROUPS = ["ternary", 2, 3, 4, 5, 6, 8], [32, 64, 128]
 COSTS_SAMPLED = 40
 PARTS = ["main", "baselines", "ablation", "costs", "whole", "codebook", "pruning", "solver"]
-
-
-class Model:
-    """One trained model on the bench: what all its rows share."""
-
-    def __init__(self, family: str, output: Path, tuning_steps: int) -> None:
-        self.family, self.tuning_steps = family, tuning_steps
-        self.source, self.folder = FIXTURE.with_name(family), output / "allocation" / family
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.test = tokens("test", self.source)
-        self.costs = self.folder / "costs.json"
-
-    @cached_property
-    def live(self) -> Any:
-        """The model, its experts linearized."""
-        with stock_conversions(), load_context():
-            return AutoModelForCausalLM.from_pretrained(self.source, dtype="auto").eval()
-
-    @cached_property
-    def moe(self) -> Any:
-        """Its MoE layers."""
-        return describe(self.live)
-
-    @cached_property
-    def batches(self) -> list[dict[str, torch.Tensor]]:
-        """Calibration batches."""
-        return [inputs_of(batch, torch.device("cpu")) for batch in calibration(model=self.source)]
-
-    @cached_property
-    def base(self) -> torch.Tensor:
-        """The original's log-probabilities of the test tokens."""
-        return test_log_probabilities(moe_collab.load(self.source, dtype=torch.float32), self.test)
-
-    @cached_property
-    def original(self) -> Evaluation:
-        """The original on the test tokens."""
-        return evaluate(moe_collab.load(self.source, dtype=torch.float32), self.test, self.base)
-
-    def planner(self, **fields: Any) -> Planner:
-        """A planner for a recipe with these fields of MixedBitAllocModifier."""
-        recipe = MixedBitAllocModifier(**({"bits": BITS, "group_size": GROUPS} | fields))
-        return recipe.planner(self.live)
-
-    @cached_property
-    def table(self) -> CostTable:
-        """The costs that the first oneshot() run left."""
-        return CostTable.model_validate_json(self.costs.read_text())
-
-    def uniform(self, size: str) -> tuple[Path, Evaluation]:
-        """Stock GPTQ's checkpoint, and how it does."""
-        path = self.folder / f"uniform-{size}"
-        if not (path / "config.json").exists():
-            run_oneshot(uniform_recipe(*UNIFORM[size]), path, self.source)
-        return path, self.from_disk(path)
-
-    def from_disk(self, path: Path) -> Evaluation:
-        """Evaluate a checkpoint."""
-        return evaluate(moe_collab.load(path, dtype=torch.float32), self.test, self.base)
-
-    def budget(self, size: str) -> int:
-        """Bytes."""
-        if size == BELOW:
-            planner = self.planner(budget="1TB")
-            return planner.layout.file_bytes(dict.fromkeys(planner.experts, Scheme(TERNARY, 128)))
-        return checkpoint_size(self.folder / f"uniform-{size}")
-
-    def in_memory(self, decision: Decision, rounder: Rounder | None = None) -> Evaluation:
-        """Round as `decision` says and evaluate, on the live model."""
-        rounder = rounder or Rounder(scale_dtype=self.live.dtype)
-        masks = kept_masks(self.moe, decision.dropped)
-        with float32_weights(self.live), masked_routers(self.moe, masks):
-            grids = round_model(self.live, self.moe, decision.schemes, self.batches, rounder)
-            weights = {self.live.get_submodule(name).weight: grid.values()[0] for name, grid in grids.items()}
-            with replaced_weights(weights):
-                return evaluate(self.live, self.test, self.base)
 
 
 class Bench:
     """Makes the rows of one model and keeps what is there already."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: TrainedModel) -> None:
         self.model, self.file = model, model.folder / "rows.json"
         self.rows: list[dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else []
 
@@ -200,7 +109,7 @@ class Bench:
 
     def _ours(self, size: str, **fields: Any) -> dict[str, Any]:
         path = self.model.folder / f"ours-{size}-{fields.get('pruning', 'none')}"
-        plan = path.with_suffix(".plan.json")
+        plan = path.with_name(f"{path.name}.plan.json")
         plan.unlink(missing_ok=True)
         budget, costs = self.model.budget(size), str(self.model.costs)
         recipe = mixed_recipe(self.model.tuning_steps, budget=budget, plan=str(plan), costs=costs, **fields)
@@ -302,27 +211,8 @@ class Bench:
 
     @cached_property
     def error_table(self) -> CostTable:
-        """Costs by the paper's lights: squared error at the experts' output, weighted by the router, not by KL."""
-        file = self.model.folder / "errors.json"
-        if file.exists():
-            return CostTable.model_validate_json(file.read_text())
-        model, rounder, table = self.model, Rounder(scale_dtype=self.model.live.dtype), CostTable()
-        options = model.planner(budget="1TB").recipe.schemes()
-        with float32_weights(model.live):
-            for layer, samples in capture_layers(model.live, model.moe.layers, model.batches):
-                study = LayerStudy(layer, samples)
-                moments = study.moments()
-                for half in HALVES:
-                    projections = ("gate_proj", "up_proj") if half == "gate_up" else ("down_proj",)
-                    columns = study.weights(half).shape[-1]
-                    schemes = [s for s in options if columns % s.group_of(columns) == 0]
-                    grids = [rounder(study.weights(half), moments[half], scheme).values() for scheme in schemes]
-                    for index in study.experts:
-                        costs = [_output_error(study, index, half, grid[index]) / len(projections) for grid in grids]
-                        for projection in projections:
-                            table.add(f"{layer.experts_name}.{index}.{projection}", schemes, costs)
-        table.save(file)
-        return table
+        """Costs by the paper's lights, measured once."""
+        return output_error_table(self.model)
 
     def _rank_correlation(self) -> dict[str, Any]:
         """Predicted against measured KL of rounding one expert's half, on selection tokens."""
@@ -401,7 +291,7 @@ class Bench:
 
     def _whole(self, size: str, budget: int) -> dict[str, Any]:
         path = self.model.folder / f"whole-{size}"
-        plan, costs = path.with_suffix(".plan.json"), self.model.folder / "whole_costs.json"
+        plan, costs = path.with_name(f"{path.name}.plan.json"), self.model.folder / "whole_costs.json"
         plan.unlink(missing_ok=True)
         fields = {"scope": "model", "ignore": [], "plan": str(plan), "costs": str(costs)}
         run_oneshot(mixed_recipe(self.model.tuning_steps, budget=budget, **fields), path, self.model.source)
@@ -430,20 +320,6 @@ class Bench:
 
 def _unweighted(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     return second_moments(inputs, torch.ones_like(gradients))
-
-
-def _output_error(study: LayerStudy, index: int, half: str, weight: torch.Tensor) -> float:
-    """Mean over all tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2 with one half of an expert rounded."""
-    tokens_, weights = study.samples.routed(index, study_module.COST_TOKENS)
-    if not len(tokens_):
-        return 0.0
-    own, hidden = study.experts[index], study.samples.hidden[tokens_]
-    if half == "gate_up":
-        change = (own.inner(hidden, weight) - own.inner(hidden)) @ own.down.T
-    else:
-        change = own.inner(hidden) @ (weight - own.down).T
-    mean = (change.square().sum(-1) * weights.square()).double().mean()
-    return float(mean) * float(study.counts[index]) / study.samples.num_tokens
 
 
 def _resampled(rows: int) -> torch.Tensor:
@@ -484,7 +360,7 @@ def main() -> None:
     options = parser.parse_args()
     log_warnings_only()
     for family in options.models:
-        Bench(Model(family, options.output, options.tuning_steps)).run(options.sizes, options.parts)
+        Bench(TrainedModel(family, options.output, options.tuning_steps)).run(options.sizes, options.parts)
     files = sorted((options.output / "allocation").glob("*/rows.json"))
     rows = [row for file in files for row in json.loads(file.read_text())]
     if "solver" in options.parts:

@@ -12,6 +12,8 @@ from torch import fx, nn
 
 __all__ = ["keep_attention_causal", "survive_missing_torchvision"]
 
+_MARK = "_moe_collab_in_one_piece"
+
 
 def survive_missing_torchvision() -> None:
     """Let llm-compressor's `load_context()` work where torchvision is not installed.
@@ -35,7 +37,7 @@ def keep_attention_causal(model: nn.Module) -> None:
     module = sys.modules[type(model).__module__]
     for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
         function = getattr(module, name, None)
-        if function is not None and not hasattr(function, "__wrapped__"):
+        if function is not None and not hasattr(function, _MARK):
             setattr(module, name, _in_one_piece(function))
 
 
@@ -51,4 +53,5 @@ def _in_one_piece(function: Callable[..., Any]) -> Callable[..., Any]:
         bound = wraps(function)(partial(function, config=kwargs.pop("config")))
         return proxies[0].tracer.create_proxy("call_function", bound, args, kwargs)
 
+    setattr(call, _MARK, True)
     return call

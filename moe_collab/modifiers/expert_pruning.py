@@ -19,7 +19,6 @@ from ..architectures import MoELayer, MoEModel, describe
 from ..errors import MoeCollabError
 from ..pruning import (
     CRITERIA,
-    check_mask,
     importance,
     kept_experts,
     super_experts,
@@ -258,11 +257,8 @@ class ExpertPruningModifier(Modifier):
         return kept_experts(scores, self._num_kept, self._moe.n_group)
 
     def _prune(self, layer: MoELayer, kept: list[int]) -> None:
-        assert self._moe is not None
         if self.pruning == "masked":
-            dropped = [index for index in range(layer.num_experts) if index not in kept]
-            check_mask(self._moe, layer.name, dropped)
-            mask_experts(layer, dropped)
+            mask_experts(layer, [index for index in range(layer.num_experts) if index not in kept])
         else:
             keep_experts(layer, kept)
         logger.info("{}: kept experts {}", layer.name, kept)

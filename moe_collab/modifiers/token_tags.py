@@ -24,11 +24,10 @@ class TokenTags:
     """
 
     def __init__(self, modifier: Modifier, model: Any, loader: Any) -> None:
-        self.domains: list[str] = []
         self._rows: dict[bytes, torch.Tensor] = {}
         self._batches: dict[int, torch.Tensor] = {}
         named = dict(_named(getattr(loader, "dataset", ())))
-        self.domains = list(dict.fromkeys(named.values())) or [""]
+        self.domains: list[str] = list(dict.fromkeys(named.values())) or [""]
         for batch in loader:
             ids = torch.as_tensor(batch["input_ids"]).cpu()
             mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).cpu().bool()
