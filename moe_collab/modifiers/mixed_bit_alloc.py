@@ -25,7 +25,7 @@ from ..architectures import MoEModel, describe
 from ..calibration import inputs_of
 from ..calibration.costs import CostTable
 from ..calibration.study import FEW_TOKENS
-from ..calibration.tuning import teach
+from ..calibration.teacher import teach
 from ..errors import MoeCollabError
 from ..formats import DENSE, TERNARY, Scheme
 from ..plan import CompressionPlan, fingerprint

@@ -18,7 +18,8 @@ from moe_collab.calibration import (
 from moe_collab.calibration import rounding as module
 from moe_collab.calibration.linears import capture_linears
 from moe_collab.calibration.live import predict
-from moe_collab.calibration.tuning import teach, tune_grids
+from moe_collab.calibration.teacher import teach
+from moe_collab.calibration.tuning import tune_grids
 from moe_collab.errors import MoeCollabError
 from moe_collab.formats import Scheme
 from moe_collab.rounding import Rounder
