@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,12 +16,12 @@ from torch import nn
 
 from ..architectures import MoEModel
 from .descent import descend
-from .live import float32_weights, held_out
+from .live import float32_weights, held_out, replaced_forward
 from .samples import frozen
 from .small_tensors import SmallTensor, in_place
-from .teacher import Lesson, divergence, kl_of
+from .teacher import Batch, Lesson, divergence, kl_of
 
-__all__ = ["BlockOutputs", "Settled", "blocks_of", "settle_blocks", "settle_predictions"]
+__all__ = ["BlockOutputs", "Settled", "settle_blocks", "settle_predictions"]
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Settled(NamedTuple):
 
 @torch.no_grad()
 def settle_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Sequence[Lesson], steps: int) -> Settled:
-    """Minimize KL(lessons || model), nats per token, by `tensors`, which are left where held-out lessons like them best.
+    """Minimize KL(lessons || model), nats per token, by `tensors`; held-out lessons choose the best.
 
     The model has to fit in memory, its activations of 16 sequences included.
     """
@@ -61,7 +61,7 @@ def _learn(
     steps: int,
 ) -> Settled:
     """Try each learning rate, go on with the best, stop early; `tensors` end at their best, the start included."""
-    parameters = [parameter for tensor in tensors for parameter, _ in tensor.learning]
+    parameters = [tensor.learned for tensor in tensors]
     start = [parameter.detach().clone() for parameter in parameters]
     best, before = start, judge()
     after, found = before, (0.0, 0)
@@ -69,7 +69,7 @@ def _learn(
     def run(rate: float, steps: int) -> float:
         nonlocal best, after, found
         _restore(parameters, start)
-        groups = [([parameter], rate * pace) for tensor in tensors for parameter, pace in tensor.learning]
+        groups = [([tensor.learned], rate * tensor.pace) for tensor in tensors]
         lowest, stale = math.inf, 0
         for step, _ in enumerate(descend(groups, data, loss, steps), start=1):
             if step % max(1, steps // _JUDGEMENTS) and step != steps:
@@ -94,7 +94,7 @@ def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor])
         parameter.data.copy_(value)
 
 
-def blocks_of(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
+def _blocks(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
     """The decoder's blocks by name, in order: the list of modules that the MoE layers are in."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and moe.layers[0].name.startswith(f"{name}."):
@@ -103,17 +103,17 @@ def blocks_of(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
 
 
 class BlockOutputs:
-    """What the original model's blocks put out for `batches`, kept in `folder`: tokens x H x blocks, in its own type."""
+    """What the original model's blocks put out for `batches`, kept in `folder` in the model's own type."""
 
-    def __init__(self, model: Any, moe: MoEModel, batches: Sequence[Mapping[str, torch.Tensor]], folder: Path) -> None:
+    def __init__(self, model: Any, moe: MoEModel, batches: Sequence[Batch], folder: Path) -> None:
         self.batches, self._folder = batches, folder
-        blocks = blocks_of(model, moe)
-        for position, batch in enumerate(batches):
-            with torch.no_grad(), _hooked(blocks, partial(self._keep, position)):
-                model.base_model(**batch, use_cache=False)
-
-    def _keep(self, position: int, name: str, _module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
-        save_file({"output": _hidden(output).contiguous().cpu()}, self._file(name, position))
+        calls = _calls(model, moe, batches)
+        hidden = calls.hidden
+        for name, block in _blocks(model, moe).items():
+            with _at_hand(block):
+                hidden = _outputs(calls.of(name, block), hidden)
+            for position, output in enumerate(hidden):
+                save_file({"output": output.contiguous().cpu()}, self._file(name, position))
 
     def _file(self, block: str, position: int) -> Path:
         return self._folder / f"{block}.{position}.safetensors"
@@ -123,94 +123,111 @@ class BlockOutputs:
         return [load_file(self._file(block, position))["output"] for position in range(len(self.batches))]
 
 
-class _Call(NamedTuple):
-    """A batch at a block: what the block is called with, what the original block put out, and whose tokens count."""
+class _Example(NamedTuple):
+    """A batch at a block: its input, how it is called, what the original put out, and whose tokens count."""
 
     hidden: torch.Tensor
-    rest: tuple
-    named: dict[str, Any]
+    call: Callable[[torch.Tensor], torch.Tensor]
     target: torch.Tensor
     valid: torch.Tensor
 
 
 @torch.no_grad()
 def settle_blocks(
-    model: Any, moe: MoEModel, tensors: Mapping[str, Sequence[SmallTensor]], originals: BlockOutputs, steps: int
+    model: Any, moe: MoEModel, tensors: Mapping[str, SmallTensor], originals: BlockOutputs, steps: int
 ) -> dict[str, Settled]:
     """Block by block, bring outputs closer to those of the original's: mean of ||error||^2 / ||output||^2 per token.
 
-    A block sees what the settled blocks before it put out, so it makes up for their errors too. `tensors` by block
-    name. Only one block at a time is in memory in float32, or at all if the model is offloaded.
+    `tensors` by module name; those in no block stay. A block sees what the settled blocks before it put out, so it
+    makes up for their errors too. One block at a time is in memory in float32, or at all if the model is offloaded.
     """
-    blocks, calls = blocks_of(model, moe), _calls(model, moe, originals.batches)
-    hidden = [call[0] for call in next(iter(calls.values()))]
-    valid = [_valid(batch) for batch in originals.batches]
+    calls = _calls(model, moe, originals.batches)
+    hidden, valid = calls.hidden, [_valid(batch) for batch in originals.batches]
     found = {}
-    for name, block in blocks.items():
-        targets = originals.of(name)
-        inputs = [
-            _Call(x, rest, named, target, mask)
-            for x, (_, rest, named), target, mask in zip(hidden, calls[name], targets, valid, strict=True)
-        ]
-        learning = tensors.get(name, ())
-        with disable_offloading(), float32_weights(block), frozen(block), in_place(learning):
-            run = partial(_run, block)
+    for name, block in _blocks(model, moe).items():
+        learning = [tensor for module, tensor in tensors.items() if module.startswith(f"{name}.")]
+        with _at_hand(block), in_place(learning):
+            ways = calls.of(name, block)
             if learning:
-                trained, unseen = held_out(inputs)
-                judge = partial(_mean_error, block, unseen)
-                found[name] = _learn(learning, trained, partial(_error, block), judge, steps)
-            hidden = [run(call).to(call.hidden.dtype) for call in inputs]
+                trained, unseen = held_out(list(map(_Example, hidden, ways, originals.of(name), valid)))
+                found[name] = _learn(learning, trained, _error, partial(_mean_error, unseen), steps)
+            hidden = _outputs(ways, hidden)
     return found
 
 
-def _calls(model: Any, moe: MoEModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, list[tuple]]:
-    """Block name -> for each batch (hidden states or, after the first block, None; other arguments; named ones)."""
-    blocks = blocks_of(model, moe)
-    first = next(iter(blocks))
-    seen: dict[str, list[tuple]] = {name: [] for name in blocks}
+class _Calls(NamedTuple):
+    """The input of the first block for each batch, and what else each block, by name, is called with."""
 
-    def see(name: str, _module: nn.Module, args: tuple, kwargs: dict, _output: Any) -> None:
-        named = dict(kwargs)
+    hidden: list[torch.Tensor]
+    others: dict[str, list[tuple[tuple, dict[str, Any]]]]
+
+    def of(self, name: str, block: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """`block` as the model calls it for each batch, in the type that its weights have now."""
+        dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
+        return [partial(_call, block, *_typed(others, dtype)) for others in self.others[name]]
+
+
+@torch.no_grad()
+def _calls(model: Any, moe: MoEModel, batches: Sequence[Batch]) -> _Calls:
+    """Found without computing any block, so that those on disk stay there."""
+    blocks = _blocks(model, moe)
+    calls = _Calls([], {name: [] for name in blocks})
+
+    def see(name: str, *args: Any, **named: Any) -> torch.Tensor:
         hidden = named.pop("hidden_states") if "hidden_states" in named else args[0]
-        seen[name].append((hidden if name == first else None, args[1:], named))
+        if len(calls.hidden) == len(calls.others[name]):
+            calls.hidden.append(hidden)
+        calls.others[name].append((args[1:], named))
+        return hidden
 
-    for batch in batches:
-        with _hooked(blocks, see):
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(replaced_forward(block, partial(see, name)))
+        for batch in batches:
             model.base_model(**batch, use_cache=False)
-    return seen
+    return calls
 
 
-@contextmanager
-def _hooked(blocks: Mapping[str, nn.Module], see: Callable[..., None]) -> Iterator[None]:
-    handles = [
-        block.register_forward_hook(partial(see, name), with_kwargs=True) for name, block in blocks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _typed(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with all floating-point tensors in it of type `dtype`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_typed(item, dtype) for item in value)
+    return {name: _typed(item, dtype) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def _call(block: nn.Module, rest: tuple, named: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
+    dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
+    output = block(hidden.to(dtype), *rest, **named)
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run(block: nn.Module, call: _Call) -> torch.Tensor:
-    return _hidden(block(call.hidden, *call.rest, **call.named))
+@contextmanager
+def _at_hand(block: nn.Module) -> Iterator[None]:
+    """Within: the block is in memory, in float32 if it fits, and its own parameters need no gradient."""
+    with disable_offloading(), float32_weights(block), frozen(block):
+        yield
 
 
-def _error(block: nn.Module, call: _Call) -> tuple[torch.Tensor, int]:
-    target = call.target.float()
-    errors = (_run(block, call).float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)
-    return errors[call.valid].mean() * len(target), len(target)
+@torch.no_grad()
+def _outputs(ways: Sequence[Callable], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [way(x) for way, x in zip(ways, hidden, strict=True)]
 
 
-def _mean_error(block: nn.Module, calls: Sequence[_Call]) -> float:
-    errors, rows = zip(*(_error(block, call) for call in calls), strict=True)
+def _error(example: _Example) -> tuple[torch.Tensor, int]:
+    """(Sum over rows of the mean over tokens of ||error||^2 / ||target||^2, rows)."""
+    target = example.target.float()
+    errors = (example.call(example.hidden).float() - target).square().sum(-1)
+    relative = errors / target.square().sum(-1).clamp(min=1e-12)
+    return relative[example.valid].mean() * len(target), len(target)
+
+
+def _mean_error(examples: Sequence[_Example]) -> float:
+    errors, rows = zip(*map(_error, examples), strict=True)
     return float(sum(errors)) / sum(rows)
 
 
-def _valid(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _valid(batch: Batch) -> torch.Tensor:
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()

@@ -2,73 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-__all__ = ["Factors", "SmallTensor", "Whole", "in_place"]
+__all__ = ["Factors", "SmallTensor", "Whole", "in_place", "settled"]
 
 
 class SmallTensor(Protocol):
-    """Something to learn about a module's weight; `learning` are (parameter, what a step of rate 1 moves it by)."""
+    """Something to learn about the weight of a module; `learned` moves by `pace` in an early step of rate 1."""
 
     module: nn.Module
-    learning: list[tuple[nn.Parameter, float]]
+    learned: nn.Parameter
+    pace: float
 
     def weight(self) -> torch.Tensor:
         """The module's weight as it has become, differentiable."""
         ...
 
+    def settled(self) -> dict[str, torch.Tensor]:
+        """The module's tensors as they are to be stored, rounded; by name."""
+        ...
+
+
+def original(module: nn.Module) -> torch.Tensor:
+    """The weight itself, though another may stand in its place; onloaded if it is offloaded."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach()
+
 
 class Whole:
-    """A weight that learns as a whole: a router's, a norm's; its steps are relative to its root mean square."""
+    """A weight that learns as a whole: a router's, a norm's. Its steps are relative to its root mean square."""
 
     def __init__(self, module: nn.Module, pace: float) -> None:
-        self.module = module
-        start = module.weight.detach().float().clone()  # type: ignore[union-attr, operator]
-        self._learned = nn.Parameter(start)
-        self.learning = [(self._learned, pace * float(start.square().mean().sqrt()))]
+        self.module, self._dtype = module, original(module).dtype
+        self.learned = nn.Parameter(original(module).float().clone())
+        # Some norms store what they add to one, which may be nothing at all.
+        self.pace = pace * max(float(self.learned.detach().square().mean().sqrt()), 0.1)
 
     def weight(self) -> torch.Tensor:
         """As `SmallTensor.weight`."""
-        return self._learned
+        return self.learned
+
+    def settled(self) -> dict[str, torch.Tensor]:
+        """As `SmallTensor.settled`."""
+        return {"weight": self.learned.detach().to(self._dtype)}
 
 
 class Factors:
     """A Linear that learns factors [rows, groups] of its weights: a gain per output channel, or one for every scale."""
 
     def __init__(self, module: nn.Linear, groups: int, pace: float) -> None:
-        self.module = module
-        self._original = module.weight.detach()
-        self._factors = nn.Parameter(torch.ones(len(self._original), groups))
-        self.learning = [(self._factors, pace)]
+        self.module, self.pace, self._dtype = module, pace, original(module).dtype
+        self.learned = nn.Parameter(torch.ones(module.out_features, groups))
 
     def weight(self) -> torch.Tensor:
         """As `SmallTensor.weight`."""
-        grouped = self._original.reshape(*self._factors.shape, -1)
-        return (grouped * self._factors[..., None]).reshape_as(self._original)
+        weight = original(self.module).float()
+        return (weight.reshape(*self.learned.shape, -1) * self.learned[..., None]).reshape_as(weight)
+
+    def settled(self) -> dict[str, torch.Tensor]:
+        """As `SmallTensor.settled`."""
+        return {"weight": self.weight().detach().to(self._dtype)}
 
 
 @contextmanager
-def in_place(tensors: Sequence[SmallTensor]) -> Iterator[None]:
+def in_place(tensors: Iterable[SmallTensor]) -> Iterator[None]:
     """Let the modules compute with what the tensors have become; their parameters stay as they were."""
-    handles = [tensor.module.register_forward_pre_hook(_shadow(tensor)) for tensor in tensors]
-    try:
+    with _weights({tensor.module: tensor.weight for tensor in tensors}):
         yield
-    finally:
-        for handle, tensor in zip(handles, tensors, strict=True):
-            handle.remove()
-            tensor.module.__dict__.pop("weight", None)
 
 
-def _shadow(tensor: SmallTensor):  # noqa: ANN202
-    dtype = tensor.module.weight.dtype  # type: ignore[union-attr]
+@contextmanager
+def settled(tensors: Iterable[SmallTensor]) -> Iterator[None]:
+    """As `in_place`, with the weights as they are to be stored."""
+    with _weights({tensor.module: partial(_settled_weight, tensor) for tensor in tensors}):
+        yield
 
-    def hook(module: nn.Module, _args: tuple) -> None:
+
+def _settled_weight(tensor: SmallTensor) -> torch.Tensor:
+    return tensor.settled()["weight"]
+
+
+@contextmanager
+def _weights(weights: dict[nn.Module, Callable[[], torch.Tensor]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, weight in weights.items():
+            stack.callback(module.register_forward_pre_hook(_shadow(weight)).remove)
+            stack.callback(module.register_forward_hook(_uncover, always_call=True).remove)
+        yield
+
+
+def _shadow(weight: Callable[[], torch.Tensor]) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, _args: Any) -> None:
         # An instance attribute goes before the parameter of the same name, which it leaves alone.
-        module.__dict__["weight"] = tensor.weight().to(dtype)
+        module.__dict__["weight"] = weight().to(original(module).dtype)
 
     return hook
+
+
+def _uncover(module: nn.Module, _args: Any, _output: Any) -> None:
+    module.__dict__.pop("weight", None)

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 
 from .live import float32_weights, log_probabilities, mean_kl
 
-__all__ = ["Lesson", "divergence", "kl_of", "teach"]
+__all__ = ["Batch", "Lesson", "divergence", "kl_of", "teach"]
 
 Batch = Mapping[str, torch.Tensor]
 

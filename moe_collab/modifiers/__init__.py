@@ -8,10 +8,23 @@ from .compat import survive_missing_torchvision
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
 from .mixed_bit_alloc import MixedBitAllocModifier
+from .router_calibration import RouterCalibrationModifier
 
-__all__ = ["ActivationSmoothModifier", "ExpertPruningModifier", "FisherGPTQModifier", "MixedBitAllocModifier"]
+__all__ = [
+    "ActivationSmoothModifier",
+    "ExpertPruningModifier",
+    "FisherGPTQModifier",
+    "MixedBitAllocModifier",
+    "RouterCalibrationModifier",
+]
 
 survive_missing_torchvision()
 ternary_packed.register()
-for _modifier in (ExpertPruningModifier, ActivationSmoothModifier, MixedBitAllocModifier, FisherGPTQModifier):
+for _modifier in (
+    ExpertPruningModifier,
+    ActivationSmoothModifier,
+    MixedBitAllocModifier,
+    FisherGPTQModifier,
+    RouterCalibrationModifier,
+):
     ModifierFactory.register(_modifier.__name__, _modifier)

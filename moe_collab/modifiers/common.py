@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.offload import get_offloaded_device
+from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
@@ -40,15 +41,19 @@ def is_on_disk(model: torch.nn.Module) -> bool:
     return any(get_offloaded_device(module, nowhere) == "disk" for module in model.modules())
 
 
-def check_unquantized(model: torch.nn.Module, who: str) -> None:
-    """Raise `MoeCollabError` if the model's weights are already quantized (block-fp8, MXFP4, GPTQ, ...)."""
+def check_unquantized(model: torch.nn.Module, who: str, schemes: bool = False) -> None:
+    """Raise `MoeCollabError` if the model's weights are already quantized (block-fp8, MXFP4, GPTQ, ...).
+
+    With `schemes`, those that a quantizer earlier in the recipe has attached, but not yet rounded to, are welcome.
+    """
     found = getattr(model.config, "quantization_config", None)
     method = None
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if is_module_quantized(module):
+        waiting = schemes and getattr(module, "quantization_status", None) == QuantizationStatus.INITIALIZED
+        if is_module_quantized(module) and not waiting:
             method = method or f"compressed-tensors at {name}"
         elif isinstance(weight, torch.Tensor) and weight.dtype not in _FLOATS:
             method = method or f"{weight.dtype} weights at {name}"

@@ -1,0 +1,203 @@
+"""`RouterCalibrationModifier`: small tensors learn to make up for what pruning and rounding did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from compressed_tensors.quantization import disable_quantization, enable_quantization
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.utils import update_offload_parameter
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.helpers import eval_context
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator
+from torch import nn
+
+from ..architectures import MoEModel, describe
+from ..calibration import float32_weights, held_out, inputs_of
+from ..calibration.settling import BlockOutputs, settle_blocks, settle_predictions
+from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
+from ..calibration.teacher import Lesson, kl_of, teach
+from ..errors import MoeCollabError
+from .common import check_data, check_unquantized, is_on_disk
+from .saving import install_save
+from .schemes import codes_of, is_sound, settle
+
+__all__ = ["RouterCalibrationModifier"]
+
+Target = Literal["router", "norms", "gains", "scales"]
+
+_PACES: dict[Target, float] = {"router": 1e-2, "norms": 5e-3, "gains": 1e-2, "scales": 2e-3}
+"""Found on the fixtures; the learning rates tried are multiples of them."""
+_ALIKE = 1e-6
+"""Nats per token below which two models predict the same."""
+
+
+class RouterCalibrationModifier(Modifier):
+    """Tune small tensors on calibration tokens against the model as it was before the recipe; matrices stay.
+
+    Put it last: after pruning, and at 2 to 3 bits after the quantizer. The learning rate is searched on held-out
+    tokens, which also stop it early; what it found is stored only if it lowers KL there, rounding included.
+
+    :param targets: what learns: `router` weights; `norms`; `gains`, one per output channel of the routed experts'
+        matrices, folded into weights; `scales`, those of quantized Linears, which have the gains in them.
+    :param objective: `predictions`: KL of the model's predictions, end to end; `blocks`: each block's output, one block
+        after the other, for models that do not fit in memory; `auto`: `blocks` if the model is offloaded to disk.
+    :param steps: of Adam, 16 sequences each; with three learning rates tried for a quarter of them before.
+    """
+
+    requires_calibration_data: bool = False
+    """The passes it needs, backward ones too, are its own."""
+
+    targets: list[Target] = Field(default_factory=lambda: list(_PACES), min_length=1)
+    objective: Literal["auto", "predictions", "blocks"] = "auto"
+    steps: int = Field(200, ge=1)
+
+    _lessons: list[Lesson] = PrivateAttr(default_factory=list)
+    _outputs: BlockOutputs | None = PrivateAttr(None)
+    _folder: TemporaryDirectory | None = PrivateAttr(None)
+
+    @field_validator("targets")
+    @classmethod
+    def _once(cls, value: list[Target]) -> list[Target]:
+        return list(dict.fromkeys(value))
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """Learn what the original model says, before anything changes it."""
+        model = state.model
+        check_unquantized(model, "RouterCalibrationModifier", schemes=True)
+        check_data(state, "RouterCalibrationModifier")
+        moe, on_disk = describe(model), is_on_disk(model)
+        if on_disk and self.objective == "predictions":
+            raise MoeCollabError(
+                "RouterCalibrationModifier.objective: the model is offloaded to disk, and the backward pass of "
+                "`predictions` needs all weights at hand. Use `blocks`, or load it without offloading."
+            )
+        device = next(model.parameters()).device
+        batches = [inputs_of(batch, device) for batch in state.data.calib]
+        if len(batches) < 2:
+            raise MoeCollabError(
+                "RouterCalibrationModifier: it needs two batches of calibration data, one of them to judge the other."
+            )
+        install_save(model)
+        with eval_context(model), _quantization_off(model):
+            if on_disk or self.objective == "blocks":
+                self._folder = TemporaryDirectory(prefix="moe-collab-")
+                self._outputs = BlockOutputs(model, moe, batches, Path(self._folder.name))
+                batches = held_out(batches)[1]
+            self._lessons = teach(model, batches)
+        return True
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+        """Tune, judge, and store what is better."""
+        model = state.model
+        with eval_context(model), _quantization_off(model):
+            for module in _quantized(model).values():
+                if not is_sound(module):
+                    settle(module)
+            self._calibrate(model, describe(model))
+        self._lessons, self._outputs = [], None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _calibrate(self, model: nn.Module, moe: MoEModel) -> None:
+        unseen = self._lessons if self._outputs else held_out(self._lessons)[1]
+        with torch.no_grad(), float32_weights(model):
+            before = kl_of(model, unseen)
+        if before < _ALIKE:
+            logger.info("RouterCalibrationModifier: the model predicts what it did before; nothing to do")
+            return
+        tensors = self._tensors(model, moe)
+        if self._outputs is None:
+            found = settle_predictions(model, list(tensors.values()), self._lessons, self.steps)
+            logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
+        else:
+            for name, found in settle_blocks(model, moe, tensors, self._outputs, self.steps).items():
+                logger.info("{}: relative error of its output from {:.5f} to {:.5f}", name, found.before, found.after)
+        with torch.no_grad(), float32_weights(model), settled(tensors.values()):
+            after = kl_of(model, unseen)
+        logger.info(
+            "RouterCalibrationModifier: KL on held-out tokens from {:.4f} to {:.4f}{}",
+            before,
+            after,
+            "" if after < before else "; nothing is changed",
+        )
+        if after < before:
+            for tensor in tensors.values():
+                for name, value in tensor.settled().items():
+                    update_offload_parameter(tensor.module, name, value)
+
+    def _tensors(self, model: nn.Module, moe: MoEModel) -> dict[str, SmallTensor]:
+        """What learns, by module name."""
+        found: dict[str, SmallTensor] = {}
+        names = {module: name for name, module in model.named_modules()}
+        if "router" in self.targets:
+            found |= {names[layer.router]: Whole(layer.router, _PACES["router"]) for layer in moe.layers}
+        if "norms" in self.targets:
+            found |= {name: Whole(module, _PACES["norms"]) for module, name in names.items() if _is_norm(module)}
+        if "gains" in self.targets:
+            experts = [layer.expert(index) for layer in moe.layers for index in layer.live_experts]
+            for module in (module for expert in experts for module in expert.modules()):
+                if isinstance(module, nn.Linear) and (_has_scales(module) or not _is_quantized(module)):
+                    kind = Scales if _has_scales(module) else Factors
+                    found[names[module]] = kind(module, 1, _PACES["gains"])
+        if "scales" in self.targets:
+            for name, module in _quantized(model).items():
+                if _has_scales(module):
+                    found[name] = Scales(module, module.weight_scale.shape[1], _PACES["scales"])
+        return found
+
+
+class Scales(Factors):
+    """A quantized Linear that learns factors [rows, groups] of its scales, or [rows, 1] for all of a row."""
+
+    def __init__(self, module: nn.Linear, groups: int, pace: float) -> None:
+        super().__init__(module, groups, pace)
+        self._scale_dtype = module.weight_scale.dtype
+
+    def settled(self) -> dict[str, torch.Tensor]:
+        """As `SmallTensor.settled`; codes and zero points stay."""
+        codes, scale, zero_point = codes_of(self.module)
+        scale = (scale.float() * self.learned.detach()).to(self._scale_dtype)
+        weight = dequantize(codes, scale, zero_point, self.module.quantization_scheme.weights)
+        return {"weight": weight.to(self._dtype), "weight_scale": scale}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor) and weight.dim() == 1
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    scheme = getattr(module, "quantization_scheme", None)
+    return isinstance(module, nn.Linear) and scheme is not None and scheme.weights is not None
+
+
+def _has_scales(module: nn.Module) -> bool:
+    """Whether its scales can learn: at 7 and 8 bits codes do not divide out exactly in bfloat16, nor would it pay."""
+    if not _is_quantized(module):
+        return False
+    weights = module.quantization_scheme.weights
+    return weights.type == "int" and weights.strategy in ("group", "channel") and weights.num_bits < 7
+
+
+def _quantized(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if _is_quantized(module)}
+
+
+@contextmanager
+def _quantization_off(model: nn.Module) -> Iterator[None]:
+    """Within, weights are what they are, and activations are not rounded."""
+    enabled = [module for module in model.modules() if getattr(module, "quantization_enabled", False)]
+    model.apply(disable_quantization)
+    try:
+        yield
+    finally:
+        for module in enabled:
+            enable_quantization(module)
