@@ -68,6 +68,10 @@ class ExpertStatistics:
             setattr(found, name, getattr(self, name)[index : index + 1].clone())
         return found
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every sum by its name."""
+        return {name: getattr(self, name) for name in ("tokens", *_BY_EXPERT)}
+
     @property
     def counts(self) -> torch.Tensor:
         """Tokens sent to each expert, [experts]."""
@@ -124,9 +128,7 @@ class SavedStatistics(BaseModel):
     def save(self, folder: str | Path, statistics: Mapping[str, ExpertStatistics]) -> None:
         """Write `statistics` by layer name; the folder appears complete or not at all."""
         tensors = {
-            f"{layer}.{name}": getattr(found, name)
-            for layer, found in statistics.items()
-            for name in ("tokens", *_BY_EXPERT)
+            f"{layer}.{name}": value for layer, found in statistics.items() for name, value in found.tensors().items()
         }
         with replace_directory(Path(folder)) as partial:
             replace_text(partial / _FILES[0], self.model_dump_json(indent=1) + "\n")
@@ -154,9 +156,9 @@ class SavedStatistics(BaseModel):
 
 def _restored(meta: SavedStatistics, layer: str, stored: Mapping[str, torch.Tensor]) -> ExpertStatistics:
     found = ExpertStatistics(meta.num_experts, len(meta.domains))
-    for name in ("tokens", *_BY_EXPERT):
+    for name, empty in found.tensors().items():
         value = stored[f"{layer}.{name}"]
-        if value.shape != getattr(found, name).shape:
+        if value.shape != empty.shape:
             raise ValueError(f"{layer}.{name} has shape {list(value.shape)}")
         setattr(found, name, value)
     return found

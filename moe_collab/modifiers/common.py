@@ -10,9 +10,18 @@ from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 
+from ..calibration import inputs_of
 from ..errors import MoeCollabError
+from .distributed import everyones
 
-__all__ = ["check_data", "check_unquantized", "following_quantizers", "is_on_disk", "modifiers_of_this_pass"]
+__all__ = [
+    "calibration_batches",
+    "check_data",
+    "check_unquantized",
+    "following_quantizers",
+    "is_on_disk",
+    "modifiers_of_this_pass",
+]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -33,6 +42,13 @@ def check_data(state: State, who: str) -> None:
     """Raise `MoeCollabError` if oneshot() was given no calibration data."""
     if state.data is None or state.data.calib is None:
         raise MoeCollabError(f"{who}: it needs calibration data. Give oneshot() a dataset.")
+
+
+def calibration_batches(state: State) -> list[dict[str, torch.Tensor]]:
+    """What the model is called with for each calibration batch, of all processes."""
+    device = next(state.model.parameters()).device
+    batches = everyones([inputs_of(batch, torch.device("cpu")) for batch in state.data.calib])
+    return [inputs_of(batch, device) for batch in batches]
 
 
 def is_on_disk(model: torch.nn.Module) -> bool:

@@ -29,6 +29,7 @@ from ..pruning import (
 from ..statistics import ExpertStatistics, SavedStatistics
 from .common import check_unquantized
 from .compat import keep_attention_causal
+from .distributed import agreed, is_source_process, sum_up
 from .notices import coverage
 from .planner import model_fingerprint
 from .routing import RoutingTap
@@ -177,13 +178,15 @@ class ExpertPruningModifier(Modifier):
         if not seen:
             return
         assert self._moe is not None
+        if self._tags is not None:
+            sum_up(seen.values())
         for name, statistics in seen.items():
             statistics.check(name)
-        if self.statistics and not Path(self.statistics).exists():
+        if self._tags is not None and self.statistics and is_source_process():
             self._save(seen)
         coverage({name: statistics.counts.long().tolist() for name, statistics in seen.items()})
         scores = self._scores(seen)
-        kept = {layer.name: self._kept(layer, scores[layer.name]) for layer in self._moe.layers}
+        kept = agreed({layer.name: self._kept(layer, scores[layer.name]) for layer in self._moe.layers})
         for layer in self._moe.layers:
             self._prune(layer, kept[layer.name])
 

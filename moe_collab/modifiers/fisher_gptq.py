@@ -14,13 +14,13 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from ..architectures import describe
-from ..calibration import float32_weights, inputs_of, round_model
+from ..calibration import float32_weights, round_model
 from ..calibration.teacher import Lesson, teach
 from ..calibration.tuning import tune_grids
 from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
 from ..rounding import Grid, Rounder
-from .common import check_data, check_unquantized, is_on_disk
+from .common import calibration_batches, check_data, check_unquantized, is_on_disk
 from .saving import install_save
 from .schemes import is_ternary
 
@@ -77,8 +77,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
                 "FisherGPTQModifier: no module has a scheme. Put MixedBitAllocModifier before it, or give it "
                 "`config_groups` or `scheme`."
             )
-        device = next(model.parameters()).device
-        batches = [inputs_of(batch, device) for batch in state.data.calib]
+        batches = calibration_batches(state)
         rounder = Rounder(scale_dtype=model.dtype)
         with eval_context(model):
             lessons = self._lessons or (teach(model, batches) if self.tuning_steps else None)

@@ -22,7 +22,6 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 from ..allocation import parse_bytes
 from ..allocation.memory import weights_budget
 from ..architectures import MoEModel, describe
-from ..calibration import inputs_of
 from ..calibration.costs import CostTable
 from ..calibration.study import FEW_TOKENS
 from ..calibration.teacher import teach
@@ -31,8 +30,16 @@ from ..formats import DENSE, TERNARY, Scheme
 from ..plan import CompressionPlan, fingerprint
 from ..pruning import check_mask
 from ..rounding import Rounder
-from .common import check_data, check_unquantized, following_quantizers, is_on_disk, modifiers_of_this_pass
+from .common import (
+    calibration_batches,
+    check_data,
+    check_unquantized,
+    following_quantizers,
+    is_on_disk,
+    modifiers_of_this_pass,
+)
 from .compat import keep_attention_causal
+from .distributed import agreed, is_distributed, is_source_process
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
 from .notices import coverage, outcome
@@ -304,6 +311,11 @@ class MixedBitAllocModifier(Modifier):
         self._check_budget(self._planner)
         if self._backward:
             return
+        if is_distributed():
+            raise MoeCollabError(
+                "MixedBitAllocModifier: a model that is offloaded to disk is allocated in a single process, and "
+                "torchrun started several. Load it without offloading, or write a `plan` in one process first."
+            )
         logger.warning(
             "MixedBitAllocModifier: the model is offloaded to disk; costs come from errors at the experts' outputs, "
             "and the decision is not compared with uniform schemes."
@@ -331,8 +343,8 @@ class MixedBitAllocModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
         """Decide, write the plan down, and hand the bits to the next quantizer."""
         self.remove_hooks()
-        plan = self._reused or self._decide(state)
-        if self.plan and not self._reused:
+        plan = self._reused or agreed(self._decide(state))
+        if self.plan and not self._reused and is_source_process():
             plan.save(self.plan)
         self._apply(state.model, plan)
         expect_plan(state.model, plan)
@@ -344,8 +356,7 @@ class MixedBitAllocModifier(Modifier):
             table = self._sensitivity.finished(kl_per_squared_error(model, self._moe, state.data.calib))
             found = Found(planner.decide(table), table)
         else:
-            device = next(model.parameters()).device
-            batches = [inputs_of(batch, device) for batch in state.data.calib]
+            batches = calibration_batches(state)
             with eval_context(model):
                 search = Search(model, self._moe, planner, self, self._rounder(model))
                 found = search.run(batches, model_fingerprint(model))

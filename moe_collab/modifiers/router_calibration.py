@@ -20,12 +20,12 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
 from ..architectures import MoEModel, describe
-from ..calibration import float32_weights, held_out, inputs_of
+from ..calibration import float32_weights, held_out
 from ..calibration.settling import BlockOutputs, settle_blocks, settle_predictions
 from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
 from ..calibration.teacher import Lesson, kl_of, teach
 from ..errors import MoeCollabError
-from .common import check_data, check_unquantized, is_on_disk
+from .common import calibration_batches, check_data, check_unquantized, is_on_disk
 from .saving import install_save
 from .schemes import codes_of, is_sound, settle
 
@@ -79,8 +79,7 @@ class RouterCalibrationModifier(Modifier):
                 "RouterCalibrationModifier.objective: the model is offloaded to disk, and the backward pass of "
                 "`predictions` needs all weights at hand. Use `blocks`, or load it without offloading."
             )
-        device = next(model.parameters()).device
-        batches = [inputs_of(batch, device) for batch in state.data.calib]
+        batches = calibration_batches(state)
         if len(batches) < 2:
             raise MoeCollabError(
                 "RouterCalibrationModifier: it needs two batches of calibration data, one of them to judge the other."

@@ -21,6 +21,7 @@ from ..checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
 from ..errors import MoeCollabError
 from ..plan import CompressionPlan
 from ..pruning import check_mask
+from .distributed import is_source_process
 from .naming import checkpoint_names, use_checkpoint_names
 from .schemes import codes_of, is_sound
 from .surgery import sync_config
@@ -37,6 +38,10 @@ def install_save(model: torch.nn.Module) -> None:
 
     @wraps(inner)
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        if not is_source_process():
+            sync_config(model, describe(model))
+            inner(str(save_directory), *args, **kwargs)  # joins the others, and writes nothing
+            return
         expected, schemes, plain = _snapshot(model)
         digests = _plain_digests(model)
         with replace_directory(Path(save_directory)) as beside:

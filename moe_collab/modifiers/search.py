@@ -17,6 +17,7 @@ from ..errors import MoeCollabError
 from ..formats import Scheme
 from ..plan import fingerprint
 from ..rounding import Rounder
+from .distributed import is_source_process
 from .planner import Decision, Planner
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Search:
 
         table = rounding_costs(self._model, self._moe, others, batches, packed, self._rounder)
         table.fingerprint = key
-        if recipe.costs:
+        if recipe.costs and is_source_process():
             table.save(recipe.costs)
         return table
 

@@ -10,6 +10,7 @@ from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 
 from ..errors import MoeCollabError
+from .distributed import everyones
 
 __all__ = ["TokenTags"]
 
@@ -27,7 +28,7 @@ class TokenTags:
         self._rows: dict[bytes, torch.Tensor] = {}
         self._batches: dict[int, torch.Tensor] = {}
         named = dict(_named(getattr(loader, "dataset", ())))
-        self.domains: list[str] = list(dict.fromkeys(named.values())) or [""]
+        self.domains: list[str] = list(dict.fromkeys(everyones(list(dict.fromkeys(named.values()))))) or [""]
         for batch in loader:
             ids = torch.as_tensor(batch["input_ids"]).cpu()
             mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).cpu().bool()

@@ -1,0 +1,47 @@
+"""Two processes that share out the calibration set decide what one decides, and write what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .conftest import recipe, run
+
+SCRIPT = Path(__file__).with_name("one_of_several.py")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_two_processes_give_the_plan_of_one(family, tiny, tmp_path):
+    def modifiers(folder):
+        return (
+            {"ExpertPruningModifier": {"retention": 0.75, "statistics": str(folder / "statistics")}},
+            {"MixedBitAllocModifier": {"bpw": 3, "group_size": 32, "plan": str(folder / "plan.json")}},
+            {"FisherGPTQModifier": {"ignore": ["lm_head"]}},
+            {"RouterCalibrationModifier": {"steps": 4}},
+        )
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(tiny(family), *modifiers(one), output=one / "out")
+    two.mkdir()
+    (two / "recipe.yaml").write_text(recipe(*modifiers(two)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command += [str(tiny(family)), str(two / "recipe.yaml"), str(two / "out")]
+    root = str(SCRIPT.parents[2])
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    plans = [json.loads((folder / "plan.json").read_text()) for folder in (one, two)]
+    for key in ("schemes", "dropped", "routed_tokens", "predicted_bytes", "model_fingerprint"):
+        assert plans[0][key] == plans[1][key]
+    expected, found = (load_file(folder / "statistics" / "statistics.safetensors") for folder in (one, two))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    expected, found = (load_file(folder / "out" / "model.safetensors") for folder in (one, two))
+    assert {name: value.shape for name, value in expected.items()} == {n: v.shape for n, v in found.items()}
+    assert not list(two.glob(".out*"))
