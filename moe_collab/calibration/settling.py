@@ -19,7 +19,7 @@ from .descent import descend
 from .live import float32_weights, held_out, replaced_forward
 from .samples import frozen
 from .small_tensors import SmallTensor, in_place
-from .teacher import Batch, Lesson, divergence, kl_of
+from .teacher import Batch, Lessons, divergence, kl_of
 
 __all__ = ["BlockOutputs", "Settled", "settle_blocks", "settle_predictions"]
 
@@ -43,14 +43,13 @@ class Settled(NamedTuple):
 
 
 @torch.no_grad()
-def settle_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Sequence[Lesson], steps: int) -> Settled:
+def settle_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Lessons, steps: int) -> Settled:
     """Minimize KL(lessons || model), nats per token, by `tensors`; held-out lessons choose the best.
 
     The model has to fit in memory, its activations of 16 sequences included.
     """
-    trained, unseen = held_out(lessons)
     with float32_weights(model), frozen(model), in_place(tensors):
-        return _learn(tensors, trained, partial(divergence, model), partial(kl_of, model, unseen), steps)
+        return _learn(tensors, lessons.known, partial(divergence, model), partial(kl_of, model, lessons.unseen), steps)
 
 
 def _learn(

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ..errors import MoeCollabError
 from ..rounding import Grid
 from .descent import descend
-from .live import float32_weights, held_out, replaced_forward, replaced_weights
+from .live import float32_weights, replaced_forward, replaced_weights
 from .samples import frozen
-from .teacher import Lesson, divergence, kl_of
+from .teacher import Lesson, Lessons, divergence, kl_of
 
 __all__ = ["Tuned", "tune_grids"]
 
@@ -36,30 +35,25 @@ class Tuned(NamedTuple):
     after: float
 
 
-def tune_grids(
-    model: Any, grids: Mapping[str, Grid], lessons: Sequence[Lesson], steps: int, dtype: torch.dtype
-) -> Tuned:
-    """Adam on a factor per scale and a place per weight, minimizing KL(lessons || model); every eighth batch judges.
+def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype) -> Tuned:
+    """Adam on a factor per scale and a place per weight, minimizing KL(lessons || model).
 
     `grids` by module name stand for the weights, the originals of which the model has. A weight's code is the one
     nearest to its place; places start at the originals as far as they keep their codes, and see gradients as if there
     were no rounding (straight-through estimator, arXiv 1308.3432). Takes five times the weights in float32.
 
-    Scales are rounded to `dtype` before the held-out batches judge: if they find no gain, the grids come back as they
-    were. Raises `MoeCollabError` if there is only one batch.
+    Scales are rounded to `dtype` before the unseen lessons judge: if they find no gain, the grids come back as they
+    were.
     """
-    if len(lessons) < 2:
-        raise MoeCollabError("tuning needs two batches of calibration data, one of them to judge the other.")
-    trained, unseen = held_out(lessons)
     with float32_weights(model), frozen(model):
-        before = _kl(model, grids, unseen)
+        before = _kl(model, grids, lessons.unseen)
         loose = {name: _Loose(grid, model.get_submodule(name).weight.detach()) for name, grid in grids.items()}
         with _in_place(model, loose):
             groups = [([grid.factors for grid in loose.values()], _FACTOR_RATE)]
             groups.append(([grid.places for grid in loose.values()], _PLACE_RATE))
-            deque(descend(groups, trained, partial(divergence, model), steps), maxlen=0)
+            deque(descend(groups, lessons.known, partial(divergence, model), steps), maxlen=0)
         tuned = {name: grid.settled(dtype) for name, grid in loose.items()}
-        after = _kl(model, tuned, unseen)
+        after = _kl(model, tuned, lessons.unseen)
     return Tuned(tuned, before, after) if after < before else Tuned(dict(grids), before, before)
 
 

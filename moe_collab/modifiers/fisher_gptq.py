@@ -15,7 +15,7 @@ from torch import nn
 
 from ..architectures import describe
 from ..calibration import float32_weights, round_model
-from ..calibration.teacher import Lesson, teach
+from ..calibration.teacher import Lessons, teach
 from ..calibration.tuning import tune_grids
 from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
@@ -43,9 +43,9 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
 
     tuning_steps: int = Field(0, ge=0)
 
-    _lessons: list[Lesson] | None = PrivateAttr(None)
+    _lessons: Lessons | None = PrivateAttr(None)
 
-    def learn_from(self, lessons: list[Lesson]) -> None:
+    def learn_from(self, lessons: Lessons) -> None:
         """Let tuning aim at the predictions of the model before it was changed, not as this modifier finds it."""
         self._lessons = lessons
 
@@ -91,7 +91,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         self._lessons = None
         logger.info("FisherGPTQModifier: rounded {} tensors", len(found))
 
-    def _tuned(self, model: nn.Module, grids: dict[str, Grid], lessons: list[Lesson]) -> dict[str, Grid]:
+    def _tuned(self, model: nn.Module, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
         tuned = tune_grids(model, grids, lessons, self.tuning_steps, model.dtype)
         logger.info(
             "FisherGPTQModifier: {} steps of tuning brought KL on held-out tokens from {:.4f} to {:.4f}{}",

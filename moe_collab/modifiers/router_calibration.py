@@ -23,7 +23,7 @@ from ..architectures import MoEModel, describe
 from ..calibration import float32_weights, held_out
 from ..calibration.settling import BlockOutputs, settle_blocks, settle_predictions
 from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
-from ..calibration.teacher import Lesson, kl_of, teach
+from ..calibration.teacher import Lessons, kl_of, predictions, teach
 from ..errors import MoeCollabError
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk
 from .saving import install_save
@@ -59,7 +59,7 @@ class RouterCalibrationModifier(Modifier):
     objective: Literal["auto", "predictions", "blocks"] = "auto"
     steps: int = Field(200, ge=1)
 
-    _lessons: list[Lesson] = PrivateAttr(default_factory=list)
+    _lessons: Lessons | None = PrivateAttr(None)
     _outputs: BlockOutputs | None = PrivateAttr(None)
     _folder: TemporaryDirectory | None = PrivateAttr(None)
 
@@ -89,8 +89,9 @@ class RouterCalibrationModifier(Modifier):
             if on_disk or self.objective == "blocks":
                 self._folder = TemporaryDirectory(prefix="moe-collab-")
                 self._outputs = BlockOutputs(model, moe, batches, Path(self._folder.name))
-                batches = held_out(batches)[1]
-            self._lessons = teach(model, batches)
+                self._lessons = Lessons([], predictions(model, held_out(batches)[1]))
+            else:
+                self._lessons = teach(model, batches)
         return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
@@ -101,12 +102,13 @@ class RouterCalibrationModifier(Modifier):
                 if not is_sound(module):
                     settle(module)
             self._calibrate(model, describe(model))
-        self._lessons, self._outputs = [], None
+        self._lessons = self._outputs = None
         if self._folder is not None:
             self._folder.cleanup()
 
     def _calibrate(self, model: nn.Module, moe: MoEModel) -> None:
-        unseen = self._lessons if self._outputs else held_out(self._lessons)[1]
+        assert self._lessons is not None
+        unseen = self._lessons.unseen
         with torch.no_grad(), float32_weights(model):
             before = kl_of(model, unseen)
         if before < _ALIKE:

@@ -89,7 +89,21 @@ def test_tuning_brings_predictions_closer_and_stays_on_the_grid(model, batches):
 
 def test_tuning_needs_a_batch_to_judge_by(model, batches):
     with pytest.raises(MoeCollabError, match="two batches"):
-        tune_grids(model, {}, teach(model, batches[:1]), 1, torch.bfloat16)
+        teach(model, batches[:1])
+
+
+def test_variants_keep_padding_and_are_only_learned_from(model, batches):
+    mask = torch.ones_like(batches[0]["input_ids"][:, :32])
+    mask[0, 20:] = 0
+    short = [{"input_ids": batch["input_ids"][:, :32], "attention_mask": mask} for batch in batches]
+    lessons = teach(model, short)
+    originals = len(short) - len(lessons.unseen)
+    assert len(lessons.known) == 5 * originals
+    assert all(any(lesson.batch is batch for batch in short) for lesson in lessons.unseen)
+    for original, variant in zip(lessons.known, lessons.known[originals:], strict=False):
+        ids, other = original.batch["input_ids"], variant.batch["input_ids"]
+        assert torch.equal(ids[:, 0], other[:, 0]) and torch.equal(ids[0, 20:], other[0, 20:])
+        assert 0.05 < float((ids != other).float().mean()) < 0.35
 
 
 def test_what_is_held_out_comes_from_everywhere():
