@@ -20,6 +20,7 @@ from .compat import keep_attention_causal
 from .routing import RoutingTap
 from .saving import install_save
 from .surgery import set_top_k
+from .weighed_inputs import call_experts_alike
 
 __all__ = ["ActivationSmoothModifier"]
 
@@ -60,11 +61,25 @@ class ActivationSmoothModifier(Modifier):
         check_unquantized(state.model, "ActivationSmoothModifier")
         moe = describe(state.model)
         self._original = (moe.num_experts, moe.top_k)
+        self._check_family(moe)
+        call_experts_alike(moe)
         if isinstance(self.num_experts_per_tok, int):
             self._check_reachable(moe, self.num_experts_per_tok)
         keep_attention_causal(state.model)
         install_save(state.model)
         return True
+
+    def _check_family(self, moe: MoEModel) -> None:
+        if moe.family.fixed_top_k and self.num_experts_per_tok not in ("keep", moe.top_k):
+            raise MoeCollabError(
+                f"ActivationSmoothModifier.num_experts_per_tok: routers of {moe.family.model_types[0]} always activate "
+                f"{moe.top_k} experts. Use `keep`."
+            )
+        if self.strength is not None and not moe.family.linear_in_up:
+            raise MoeCollabError(
+                f"ActivationSmoothModifier.strength: experts of {moe.family.model_types[0]} clamp what up_proj puts "
+                "out, so smoothing would change them. Leave it out."
+            )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
         """Set the number of activated experts, then watch what reaches each `down_proj`."""
