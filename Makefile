@@ -5,7 +5,7 @@ SERVE := .venv/serve/bin
 SHELL := /bin/bash
 KERNELS := moe_collab/kernels/cpu/_C.so
 
-.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-allocation fixture environments clean
+.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-allocation bench-pruning fixture environments clean
 
 demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
@@ -62,6 +62,10 @@ bench-cpu: environments .venv/serve/.bench $(KERNELS)
 # Resumes where an earlier run was cut off; `rm -r build/bench/allocation` starts anew.
 bench-allocation: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.benchmarks.allocation
+
+# Resumes too; `rm -r build/bench/pruning` starts anew.
+bench-pruning: .venv/compress/.ready
+	$(COMPRESS)/python -m integration.benchmarks.pruning
 
 fixture: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.fixture.train qwen3_moe

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -52,11 +51,11 @@ from ..compress import (
 from .baselines import ends_rule, paper_greedy, random_ranking
 from .codebook import BITS_PER_WEIGHT, codebook_bytes, codebook_weights
 from .output_errors import output_error_table
+from .rows import Rows, ratio_error, standard_error
 from .solver import solver_rows
 from .trained import BELOW, BITS, GROUPS, UNIFORM, TrainedModel
 
 SEEDS = 3
-RESAMPLES = 1000
 TARGETS = {
     "qwen3_moe": {"2bit-g128": 0.35, "2bit-g32": 0.28, "3bit-g128": 0.42, "4bit-g128": 0.55},
     "deepseek_v3": {"2bit-g128": 0.55, "2bit-g32": 0.55, "3bit-g128": 0.75},
@@ -70,21 +69,11 @@ class Bench:
     """Makes the rows of one model and keeps what is there already."""
 
     def __init__(self, model: TrainedModel) -> None:
-        self.model, self.file = model, model.folder / "rows.json"
-        self.rows: list[dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else []
+        self.model, self.rows = model, Rows(model.folder / "rows.json", _line)
 
     def add(self, case: str, size: str, method: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row, made now unless an earlier run was cut off after it."""
-        for row in self.rows:
-            if (row["case"], row["size"], row["method"]) == (case, size, method):
-                return row
-        began = time.monotonic()
-        row = {"case": case, "model": self.model.family, "size": size, "method": method, **make()}
-        row["seconds"] = round(time.monotonic() - began)
-        self.rows.append(row)
-        self.file.write_text(json.dumps(self.rows, indent=1) + "\n")
-        print(_line(row), flush=True)
-        return row
+        return self.rows.add({"case": case, "model": self.model.family, "size": size, "method": method}, make)
 
     def run(self, sizes: list[str], parts: list[str]) -> None:
         """All rows, the main table first."""
@@ -305,7 +294,7 @@ class Bench:
         row = {
             "bytes": found_bytes,
             "kl": found.kl,
-            "kl_error": _standard_error(found.kl_by_row),
+            "kl_error": standard_error(found.kl_by_row),
             "perplexity": found.perplexity,
             "top1": found.top1,
             "accuracy_loss": 1 - found.accuracy / original.accuracy,
@@ -314,26 +303,12 @@ class Bench:
         if size in UNIFORM:
             uniform = self.model.uniform(size)[1]
             row["ratio"] = found.kl / uniform.kl
-            row["ratio_error"] = _ratio_error(found.kl_by_row, uniform.kl_by_row)
+            row["ratio_error"] = ratio_error(found.kl_by_row, uniform.kl_by_row)
         return row
 
 
 def _unweighted(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     return second_moments(inputs, torch.ones_like(gradients))
-
-
-def _resampled(rows: int) -> torch.Tensor:
-    return torch.randint(rows, (RESAMPLES, rows), generator=torch.Generator().manual_seed(0))
-
-
-def _standard_error(by_row: torch.Tensor) -> float:
-    """Bootstrap over the test sequences."""
-    return float(by_row[_resampled(len(by_row))].mean(1).std())
-
-
-def _ratio_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    drawn = _resampled(len(ours))
-    return float((ours[drawn].mean(1) / theirs[drawn].mean(1)).std())
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -342,7 +317,7 @@ def _line(row: dict[str, Any]) -> str:
         rest = {k: v for k, v in row.items() if k not in ("case", "model", "size", "method")}
         return f"{head} {rest}"
     text = f"{head} {row['bytes']:>9,} KL {row['kl']:.4f}±{row['kl_error']:.4f} ppl {row['perplexity']:.3f}"
-    text += f" top-1 {row['top1']:.2%} accuracy -{row['accuracy_loss']:.2%}"
+    text += f" top-1 {row['top1']:.2%} accuracy {-row['accuracy_loss']:+.2%}"
     if "ratio" in row:
         target = TARGETS[row["model"]].get(row["size"])
         text += f" ratio {row['ratio']:.3f}±{row['ratio_error']:.3f}" + (f" (target {target})" if target else "")

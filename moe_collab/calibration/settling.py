@@ -16,7 +16,7 @@ from torch import nn
 
 from ..architectures import MoEModel
 from .descent import descend
-from .live import float32_weights, held_out, replaced_forward
+from .live import decoder_of, float32_weights, held_out, replaced_forward
 from .samples import frozen
 from .small_tensors import SmallTensor, in_place
 from .teacher import Batch, Lessons, divergence, kl_of
@@ -49,7 +49,8 @@ def settle_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Less
     The model has to fit in memory, its activations of 16 sequences included.
     """
     with float32_weights(model), frozen(model), in_place(tensors):
-        return _learn(tensors, lessons.known, partial(divergence, model), partial(kl_of, model, lessons.unseen), steps)
+        judge = partial(kl_of, model, lessons.head, lessons.unseen)
+        return _learn(tensors, lessons.known, partial(divergence, model, lessons.head), judge, steps)
 
 
 def _learn(
@@ -183,7 +184,7 @@ def _calls(model: Any, moe: MoEModel, batches: Sequence[Batch]) -> _Calls:
         for name, block in blocks.items():
             stack.enter_context(replaced_forward(block, partial(see, name)))
         for batch in batches:
-            model.base_model(**batch, use_cache=False)
+            decoder_of(model)(**batch, use_cache=False)
     return calls
 
 

@@ -2,93 +2,134 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, linear
 
+from ..architectures import logits_scaling
 from ..errors import MoeCollabError
-from .live import float32_weights, held_out, log_probabilities, mean_kl
+from .live import decoder_of, float32_weights, held_out, log_probabilities, mean_kl, predict
 
-__all__ = ["Batch", "Lesson", "Lessons", "divergence", "kl_of", "predictions", "teach"]
+__all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach"]
 
 Batch = Mapping[str, torch.Tensor]
 
 _BYTES = 2 << 30
-_VARIANTS = 4
-_REDRAWN = 0.3
-"""Share of a variant's tokens that the model drew."""
+"""Of lessons."""
+_TOGETHER = 1 << 15
+"""Tokens written at a time: their keys and values are kept."""
+_TEXTS = 6
+"""Texts written for each sequence of the calibration set."""
+_PROMPT = 8
+"""A text begins with an eighth of its sequence."""
+
+
+class Head(NamedTuple):
+    """The original lm_head."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Next-token log-probabilities, float32 [..., vocabulary], for `inputs` [..., H]."""
+        return linear(inputs, self.weight, self.bias).float().log_softmax(-1)
 
 
 class Lesson(NamedTuple):
-    """A batch, and the log-probabilities that the original model gives its tokens, float16."""
+    """A batch, and what the original model hands its lm_head of every position but the last, [rows, length - 1, H]."""
 
     batch: Batch
-    target: torch.Tensor
+    inputs: torch.Tensor
 
 
 class Lessons(NamedTuple):
-    """What to learn from, and what to judge by."""
+    """What to learn from, what to judge by, and what turns either into predictions."""
 
     known: list[Lesson]
     unseen: list[Lesson]
+    head: Head
 
 
 def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
     """What `model` predicts; ask before its weights change. Of `batches` every eighth is held out to judge by.
 
-    Besides each of the others, variants of it are learned from, in which some tokens are drawn from the model's own
-    predictions: calibration text is scarce, and small tensors learn it by heart. 2 GiB of lessons are kept, whole
-    rounds of variants coming last. Raises `MoeCollabError` if there is only one batch.
+    Calibration text is scarce, and learned by heart: besides the other batches there are texts that `model` itself goes
+    on to write from where they begin, as many as fit in 2 GiB of lessons. Raises `MoeCollabError` for a single batch.
     """
     if len(batches) < 2:
         raise MoeCollabError("tuning needs two batches of calibration data, one of them to judge the other.")
     known, unseen = held_out(batches)
-    lessons = Lessons(predictions(model, known), predictions(model, unseen))
-    generator, originals = torch.Generator().manual_seed(0), list(lessons.known)
-    for _ in range(_VARIANTS):
-        kept = sum(lesson.target.nbytes for lesson in (*lessons.known, *lessons.unseen))
-        if kept + sum(lesson.target.nbytes for lesson in originals) > _BYTES:
-            break
-        lessons.known.extend(predictions(model, [_redrawn(lesson, generator) for lesson in originals]))
+    lessons, generator = Lessons(recite(model, known), recite(model, unseen), head_of(model)), torch.Generator()
+    generator.manual_seed(0)
+    size = sum(lesson.inputs.nbytes for lesson in lessons.known)
+    for _ in range(min(_TEXTS, _BYTES // size - 1)):
+        lessons.known.extend(recite(model, _written(model, known, generator)))
     return lessons
 
 
 @torch.no_grad()
-def predictions(model: Any, batches: Sequence[Batch]) -> list[Lesson]:
+def recite(model: Any, batches: Sequence[Batch]) -> list[Lesson]:
     """What `model` predicts, of as many batches as fit in 2 GiB."""
     lessons: list[Lesson] = []
     with float32_weights(model):
         for batch in batches:
-            lessons.append(Lesson(batch, log_probabilities(model, batch).half()))
-            if sum(lesson.target.nbytes for lesson in lessons) + lessons[-1].target.nbytes > _BYTES:
+            lessons.append(Lesson(batch, predict(model, batch)[0]))
+            if sum(lesson.inputs.nbytes for lesson in lessons) > _BYTES:
                 break
     return lessons
 
 
-def _redrawn(lesson: Lesson, generator: torch.Generator) -> Batch:
-    """The batch with some tokens drawn from the predictions at their places; padding stays."""
-    ids = lesson.batch["input_ids"]
-    drawn = torch.multinomial(lesson.target.float().exp().flatten(0, 1).cpu(), 1, generator=generator)
-    chosen = torch.rand(ids[:, 1:].shape, generator=generator) < _REDRAWN
-    if "attention_mask" in lesson.batch:
-        chosen &= lesson.batch["attention_mask"][:, 1:].bool().cpu()
-    drawn, chosen = drawn.view(chosen.shape).to(ids), chosen.to(ids.device)
-    return {**lesson.batch, "input_ids": torch.cat([ids[:, :1], torch.where(chosen, drawn, ids[:, 1:])], 1)}
+@torch.no_grad()
+def head_of(model: Any) -> Head:
+    """A copy of the lm_head, in the type it computes in."""
+    with float32_weights(model):
+        head = model.get_output_embeddings()
+        return Head(head.weight.clone(), None if head.bias is None else head.bias.clone())
 
 
-def divergence(model: Any, lesson: Lesson) -> tuple[torch.Tensor, int]:
+def _written(model: Any, batches: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
+    """Texts as long as the sequences of `batches`, without padding; of sequences mostly of padding none."""
+    prompts: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for batch in batches:
+        ids = batch["input_ids"]
+        length = max(1, ids.shape[1] // _PROMPT)
+        for row, valid in zip(ids, batch.get("attention_mask", torch.ones_like(ids)).bool(), strict=True):
+            if int(valid.sum()) >= length:
+                prompts[ids.shape[1]].append(row[valid][:length])
+    texts, rows = [], len(batches[0]["input_ids"])
+    for length, starts in prompts.items():
+        for together in torch.stack(starts).split(max(1, _TOGETHER // length)):
+            texts += _continued(model, together, length, generator).split(rows)
+    return [{"input_ids": text} for text in texts]
+
+
+@torch.no_grad()
+def _continued(model: Any, ids: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+    """`ids` [rows, start], continued to [rows, length] by tokens drawn from the model's predictions."""
+    fresh, cache = ids, None
+    with float32_weights(model):
+        head = head_of(model)
+        while ids.shape[1] < length:
+            output = decoder_of(model)(input_ids=fresh, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            chances = head(output.last_hidden_state[:, -1] / logits_scaling(model.config)).exp()
+            fresh = torch.multinomial(chances.cpu(), 1, generator=generator).to(ids.device)
+            ids = torch.cat([ids, fresh], dim=1)
+    return ids
+
+
+def divergence(model: Any, head: Head, lesson: Lesson) -> tuple[torch.Tensor, int]:
     """(KL(lesson || model) in nats per token times rows, rows); gradients flow."""
-    found, chosen = log_probabilities(model, lesson.batch), _predicted(lesson.batch)
-    loss = kl_div(found[chosen], lesson.target.float()[chosen], reduction="batchmean", log_target=True)
+    found, mask = log_probabilities(model, lesson.batch), lesson.batch.get("attention_mask")
+    chosen = slice(None) if mask is None else mask[:, 1:].bool()
+    target = head(lesson.inputs[chosen])
+    loss = kl_div(found[chosen].flatten(0, -2), target.flatten(0, -2), reduction="batchmean", log_target=True)
     return loss * len(found), len(found)
 
 
-def kl_of(model: Any, lessons: Sequence[Lesson]) -> float:
+def kl_of(model: Any, head: Head, lessons: Sequence[Lesson]) -> float:
     """KL(lessons || model) in nats per token."""
-    return mean_kl(model, [lesson.batch for lesson in lessons], [lesson.target for lesson in lessons])
-
-
-def _predicted(batch: Batch) -> Any:
-    return batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
+    return mean_kl(model, [lesson.batch for lesson in lessons], (head(lesson.inputs) for lesson in lessons))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from ..rounding import Grid
 from .descent import descend
 from .live import float32_weights, replaced_forward, replaced_weights
 from .samples import frozen
-from .teacher import Lesson, Lessons, divergence, kl_of
+from .teacher import Lessons, divergence, kl_of
 
 __all__ = ["Tuned", "tune_grids"]
 
@@ -46,14 +46,14 @@ def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: i
     were.
     """
     with float32_weights(model), frozen(model):
-        before = _kl(model, grids, lessons.unseen)
+        before = _kl(model, grids, lessons)
         loose = {name: _Loose(grid, model.get_submodule(name).weight.detach()) for name, grid in grids.items()}
         with _in_place(model, loose):
             groups = [([grid.factors for grid in loose.values()], _FACTOR_RATE)]
             groups.append(([grid.places for grid in loose.values()], _PLACE_RATE))
-            deque(descend(groups, lessons.known, partial(divergence, model), steps), maxlen=0)
+            deque(descend(groups, lessons.known, partial(divergence, model, lessons.head), steps), maxlen=0)
         tuned = {name: grid.settled(dtype) for name, grid in loose.items()}
-        after = _kl(model, tuned, lessons.unseen)
+        after = _kl(model, tuned, lessons)
     return Tuned(tuned, before, after) if after < before else Tuned(dict(grids), before, before)
 
 
@@ -93,9 +93,9 @@ class _Nearest(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _kl(model: Any, grids: Mapping[str, Grid], lessons: Sequence[Lesson]) -> float:
+def _kl(model: Any, grids: Mapping[str, Grid], lessons: Lessons) -> float:
     with _in_place(model, grids):
-        return kl_of(model, lessons)
+        return kl_of(model, lessons.head, lessons.unseen)
 
 
 @contextmanager

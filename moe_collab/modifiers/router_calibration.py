@@ -23,7 +23,7 @@ from ..architectures import MoEModel, describe
 from ..calibration import float32_weights, held_out
 from ..calibration.settling import BlockOutputs, settle_blocks, settle_predictions
 from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
-from ..calibration.teacher import Lessons, kl_of, predictions, teach
+from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach
 from ..errors import MoeCollabError
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk
 from .saving import install_save
@@ -89,7 +89,7 @@ class RouterCalibrationModifier(Modifier):
             if on_disk or self.objective == "blocks":
                 self._folder = TemporaryDirectory(prefix="moe-collab-")
                 self._outputs = BlockOutputs(model, moe, batches, Path(self._folder.name))
-                self._lessons = Lessons([], predictions(model, held_out(batches)[1]))
+                self._lessons = Lessons([], recite(model, held_out(batches)[1]), head_of(model))
             else:
                 self._lessons = teach(model, batches)
         return True
@@ -108,21 +108,21 @@ class RouterCalibrationModifier(Modifier):
 
     def _calibrate(self, model: nn.Module, moe: MoEModel) -> None:
         assert self._lessons is not None
-        unseen = self._lessons.unseen
+        lessons = self._lessons
         with torch.no_grad(), float32_weights(model):
-            before = kl_of(model, unseen)
+            before = kl_of(model, lessons.head, lessons.unseen)
         if before < _ALIKE:
             logger.info("RouterCalibrationModifier: the model predicts what it did before; nothing to do")
             return
         tensors = self._tensors(model, moe)
         if self._outputs is None:
-            found = settle_predictions(model, list(tensors.values()), self._lessons, self.steps)
+            found = settle_predictions(model, list(tensors.values()), lessons, self.steps)
             logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
         else:
             for name, found in settle_blocks(model, moe, tensors, self._outputs, self.steps).items():
                 logger.info("{}: relative error of its output from {:.5f} to {:.5f}", name, found.before, found.after)
         with torch.no_grad(), float32_weights(model), settled(tensors.values()):
-            after = kl_of(model, unseen)
+            after = kl_of(model, lessons.head, lessons.unseen)
         logger.info(
             "RouterCalibrationModifier: KL on held-out tokens from {:.4f} to {:.4f}{}",
             before,
@@ -150,7 +150,7 @@ class RouterCalibrationModifier(Modifier):
                     found[names[module]] = kind(module, 1, _PACES["gains"])
         if "scales" in self.targets:
             for name, module in _quantized(model).items():
-                if _has_scales(module):
+                if _has_scales(module) and module is not model.get_output_embeddings():
                     found[name] = Scales(module, module.weight_scale.shape[1], _PACES["scales"])
         return found
 
