@@ -16,7 +16,7 @@ from torch import nn
 
 from ..architectures import MoEModel
 from .descent import descend
-from .live import decoder_of, float32_weights, held_out, replaced_forward
+from .live import decoder_of, float32_weights, replaced_forward
 from .samples import frozen
 from .small_tensors import SmallTensor, in_place
 from .teacher import Batch, Lessons, divergence, kl_of
@@ -103,11 +103,13 @@ def _blocks(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
 
 
 class BlockOutputs:
-    """What the original model's blocks put out for `batches`, kept in `folder` in the model's own type."""
+    """What the original model's blocks put out for batches to learn from and to judge by, kept in `folder`."""
 
-    def __init__(self, model: Any, moe: MoEModel, batches: Sequence[Batch], folder: Path) -> None:
-        self.batches, self._folder = batches, folder
-        calls = _calls(model, moe, batches)
+    def __init__(
+        self, model: Any, moe: MoEModel, known: Sequence[Batch], unseen: Sequence[Batch], folder: Path
+    ) -> None:
+        self.batches, self.num_known, self._folder = [*known, *unseen], len(known), folder
+        calls = _calls(model, moe, self.batches)
         hidden = calls.hidden
         for name, block in _blocks(model, moe).items():
             with _at_hand(block):
@@ -149,8 +151,9 @@ def settle_blocks(
         with _at_hand(block), in_place(learning):
             ways = calls.of(name, block)
             if learning:
-                trained, unseen = held_out(list(map(_Example, hidden, ways, originals.of(name), valid)))
-                found[name] = _learn(learning, trained, _error, partial(_mean_error, unseen), steps)
+                examples = list(map(_Example, hidden, ways, originals.of(name), valid))
+                known, unseen = examples[: originals.num_known], examples[originals.num_known :]
+                found[name] = _learn(learning, known, _error, partial(_mean_error, unseen), steps)
             hidden = _outputs(ways, hidden)
     return found
 

@@ -13,7 +13,7 @@ from ..architectures import logits_scaling
 from ..errors import MoeCollabError
 from .live import decoder_of, float32_weights, held_out, log_probabilities, mean_kl, predict
 
-__all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach"]
+__all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach", "texts"]
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -62,12 +62,16 @@ def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
     if len(batches) < 2:
         raise MoeCollabError("tuning needs two batches of calibration data, one of them to judge the other.")
     known, unseen = held_out(batches)
-    lessons, generator = Lessons(recite(model, known), recite(model, unseen), head_of(model)), torch.Generator()
-    generator.manual_seed(0)
+    lessons = Lessons(recite(model, known), recite(model, unseen), head_of(model))
     size = sum(lesson.inputs.nbytes for lesson in lessons.known)
-    for _ in range(min(_TEXTS, _BYTES // size - 1)):
-        lessons.known.extend(recite(model, _written(model, known, generator)))
+    lessons.known.extend(recite(model, texts(model, known, min(_TEXTS, _BYTES // size - 1))))
     return lessons
+
+
+def texts(model: Any, batches: Sequence[Batch], each: int = _TEXTS) -> list[Batch]:
+    """What `model` writes, `each` times going on from where each sequence of `batches` begins, and as long as it."""
+    generator = torch.Generator().manual_seed(0)
+    return [text for _ in range(each) for text in _written(model, batches, generator)]
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ def head_of(model: Any) -> Head:
 
 
 def _written(model: Any, batches: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
-    """Texts as long as the sequences of `batches`, without padding; of sequences mostly of padding none."""
+    """One text for each sequence, without padding; for sequences mostly of padding none."""
     prompts: dict[int, list[torch.Tensor]] = defaultdict(list)
     for batch in batches:
         ids = batch["input_ids"]
@@ -99,11 +103,11 @@ def _written(model: Any, batches: Sequence[Batch], generator: torch.Generator) -
         for row, valid in zip(ids, batch.get("attention_mask", torch.ones_like(ids)).bool(), strict=True):
             if int(valid.sum()) >= length:
                 prompts[ids.shape[1]].append(row[valid][:length])
-    texts, rows = [], len(batches[0]["input_ids"])
+    written, rows = [], len(batches[0]["input_ids"])
     for length, starts in prompts.items():
         for together in torch.stack(starts).split(max(1, _TOGETHER // length)):
-            texts += _continued(model, together, length, generator).split(rows)
-    return [{"input_ids": text} for text in texts]
+            written += _continued(model, together, length, generator).split(rows)
+    return [{"input_ids": text} for text in written]
 
 
 @torch.no_grad()

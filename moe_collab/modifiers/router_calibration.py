@@ -23,7 +23,7 @@ from ..architectures import MoEModel, describe
 from ..calibration import float32_weights, held_out
 from ..calibration.settling import BlockOutputs, settle_blocks, settle_predictions
 from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
-from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach
+from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach, texts
 from ..errors import MoeCollabError
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk
 from .saving import install_save
@@ -33,7 +33,7 @@ __all__ = ["RouterCalibrationModifier"]
 
 Target = Literal["router", "norms", "gains", "scales"]
 
-_PACES: dict[Target, float] = {"router": 1e-2, "norms": 5e-3, "gains": 1e-2, "scales": 2e-3}
+_PACES: dict[Target, float] = {"router": 1e-2, "norms": 5e-3, "gains": 1e-2, "scales": 6e-3}
 """Found on the fixtures; the learning rates tried are multiples of them."""
 _ALIKE = 1e-6
 """Nats per token below which two models predict the same."""
@@ -88,8 +88,11 @@ class RouterCalibrationModifier(Modifier):
         with eval_context(model), _quantization_off(model):
             if on_disk or self.objective == "blocks":
                 self._folder = TemporaryDirectory(prefix="moe-collab-")
-                self._outputs = BlockOutputs(model, moe, batches, Path(self._folder.name))
-                self._lessons = Lessons([], recite(model, held_out(batches)[1]), head_of(model))
+                known, unseen = held_out(batches)
+                if not on_disk:
+                    known += texts(model, known)
+                self._outputs = BlockOutputs(model, moe, known, unseen, Path(self._folder.name))
+                self._lessons = Lessons([], recite(model, unseen), head_of(model))
             else:
                 self._lessons = teach(model, batches)
         return True
