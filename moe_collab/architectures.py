@@ -240,8 +240,8 @@ def _unknown(config: Any) -> str:
     keys = dict.fromkeys(key for family in FAMILIES for key in (*family.num_experts_keys, *family.top_k_keys))
     found = [f"{key} = {getattr(config, key)}" for key in keys if getattr(config, key, None) is not None]
     return (
-        f"config.json: model_type {config.model_type!r} is no MoE family moe-collab knows ({known}). Describe it before "
-        f"oneshot(): moe_collab.architectures.register_family(Family(({config.model_type!r},), router=..., "
+        f"config.json: model_type {config.model_type!r} is no MoE family moe-collab knows ({known}). Describe it "
+        f"before oneshot(): moe_collab.architectures.register_family(Family(({config.model_type!r},), router=..., "
         f"num_experts_keys=..., top_k_keys=...)). Of the usual keys {', '.join(keys)} its config has "
         f"{', '.join(found) or 'none'}."
     )
