@@ -2,7 +2,8 @@
 
     make bench-families
 
-Writes `build/bench/families.json`, a row for each family, and the table in README.md.
+Writes `build/bench/families.json`, a row for each family, and the table in README.md. If families are named on the
+command line, only they are checked anew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moe_collab.checkpoint.load import write_dense_twin
 from moe_collab.plan import CompressionPlan
 
 from .compress import checkpoint_size, log_warnings_only, run_oneshot
-from .served import MLA, assert_equal, generate, generate_with_transformers
+from .served import MLA, TOLERANCE, assert_equal, generate, generate_with_transformers
 from .tiny_models import TINY_FAMILIES, build_tiny, model_class
 
 __all__ = ["Row", "check", "check_serving", "readme_rows", "table"]
@@ -35,6 +36,7 @@ README = Path(__file__).parents[1] / "README.md"
 RETENTION = 0.75
 _HEADER = ("family", "prune", "save", "reload exact", "serve")
 _RELOAD_TOLERANCE = 1e-5
+_BF16_TOLERANCE = 0.05
 
 
 @dataclass
@@ -92,15 +94,22 @@ def check_serving(checkpoint: Path, python: Path) -> None:
     """Serve `checkpoint` with the vLLM of `python`'s environment.
 
     Raises `RuntimeError` if vLLM fails, and `AssertionError` if it generates something else than the dequantized
-    weights do: in transformers, or, where vLLM's attention on CPUs differs from it (MLA), in vLLM too.
+    weights do: in transformers, or, where vLLM's attention on CPUs is not transformers', in vLLM too.
     """
-    if "kv_lora_rank" not in json.loads((checkpoint / "config.json").read_text()):
-        assert_equal(generate(checkpoint, {}, python=python), generate_with_transformers(checkpoint))
-        return
-    with tempfile.TemporaryDirectory() as twin:
-        write_dense_twin(checkpoint, twin, torch.float32)
-        expected = generate(Path(twin), MLA, python=python)
-    assert_equal(generate(checkpoint, MLA, python=python), expected)
+    config = json.loads((checkpoint / "config.json").read_text())
+    options, tolerance = {}, TOLERANCE
+    if "kv_lora_rank" in config:
+        options = MLA
+    elif "linear_num_key_heads" in config:
+        options, tolerance = {"dtype": "bfloat16"}, _BF16_TOLERANCE  # all that linear attention is there for
+    found = generate(checkpoint, options, python=python)
+    if options:
+        with tempfile.TemporaryDirectory() as twin:
+            write_dense_twin(checkpoint, twin, getattr(torch, options.get("dtype", "float32")))
+            expected = generate(Path(twin), options, python=python)
+    else:
+        expected = generate_with_transformers(checkpoint)
+    assert_equal(found, expected, tolerance)
 
 
 def table(rows: list[Row]) -> str:
@@ -134,13 +143,14 @@ def main() -> None:
     options = parser.parse_args()
     log_warnings_only()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    known = json.loads(options.output.read_text()) if options.output.exists() else []
+    rows = {row["family"]: Row(**row) for row in known}
     for family in tqdm(options.families, unit="family"):
-        rows.append(_row(family, options.serve_python.absolute()))
-        options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print(table(rows))
-    if len(rows) == len(TINY_FAMILIES):
-        README.write_text(README.read_text().replace(_readme_table(), table(rows)))
+        rows[family] = _row(family, options.serve_python.absolute())
+        ordered = [rows[name] for name in TINY_FAMILIES if name in rows]
+        options.output.write_text(json.dumps([asdict(row) for row in ordered], indent=1) + "\n")
+        README.write_text(README.read_text().replace(_readme_table(), table(ordered)))
+    print(table(ordered))
 
 
 def _row(family: str, python: Path) -> Row:
@@ -156,9 +166,11 @@ def _row(family: str, python: Path) -> Row:
 
 
 def _first_error(text: str) -> str:
-    """What went wrong at first, of a log or a message."""
-    named = re.findall(r"\w+Error: .+", text)
-    return (named or text.strip().splitlines() or ["no message"])[0]
+    """What went wrong at first, of a log or a message; wrappers of other errors come last."""
+    lines = [line for line in text.strip().splitlines() if "WARNING" not in line]
+    named = [found[0] for line in lines if (found := re.search(r"\w+Error: .+", line))]
+    own = [error for error in named if not error.startswith(("CalledProcessError", "RuntimeError"))]
+    return (own or named or lines or ["no message"])[0]
 
 
 if __name__ == "__main__":

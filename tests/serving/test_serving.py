@@ -40,6 +40,11 @@ def test_equals_the_dequantized_twin(built, parallel):
     assert_equal(generate(path, options | PARALLEL[parallel], variables), expected)
 
 
+def test_a_family_whose_own_checkpoints_stack_experts(tmp_path):
+    path, _ = build_mixed("granitemoe", tmp_path / "granite")
+    assert_equal(generate(path, {}), generate_with_transformers(path))
+
+
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
     return build_mixed("qwen3_moe", tmp_path_factory.mktemp("serving") / "qwen3")[0]
