@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import moe_collab
-from moe_collab.architectures import describe, text_config
+from moe_collab.architectures import describe
 from moe_collab.checkpoint.load import write_dense_twin
+from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.plan import CompressionPlan
 
 from .compress import checkpoint_size, log_warnings_only, run_oneshot
@@ -33,7 +34,6 @@ from .tiny_models import TINY_FAMILIES, build_tiny, model_class
 __all__ = ["Row", "check", "check_serving", "readme_rows", "table"]
 
 README = Path(__file__).parents[1] / "README.md"
-RETENTION = 0.75
 _HEADER = ("family", "prune", "save", "reload exact", "serve")
 _RELOAD_TOLERANCE = 1e-5
 _BF16_TOLERANCE = 0.05
@@ -45,7 +45,7 @@ class Row:
 
     family: str
     prune: bool = False
-    """The model, its config and its checkpoint have three quarters of the experts."""
+    """The model, the saved config and the checkpoint have 6 of 8 experts."""
     save: bool = False
     """The checkpoint passed its verification and has the size that the plan predicted."""
     reload: bool = False
@@ -62,8 +62,10 @@ def check(family: str, folder: Path) -> tuple[Row, Path]:
     source, plan, output = build_tiny(family, folder / "source"), folder / "plan.json", folder / "compressed"
     model = run_oneshot(_recipe(plan), output, source, _samples(), model_class(family))
     moe, row = describe(model), Row(family)
-    counts = {getattr(text_config(model.config), key, None) for key in moe.family.num_experts_keys}
-    row.prune = moe.num_experts == RETENTION * 8 and counts <= {moe.num_experts, None}
+    saved = Checkpoint(output)
+    text = saved.config.get("text_config", saved.config)
+    counts = {text[key] for key in moe.family.num_experts_keys if key in text}
+    row.prune = {moe.num_experts} == counts == {6} and not any(".experts.6." in name for name in saved.names())
     row.save = checkpoint_size(output) == CompressionPlan.load(plan).predicted_bytes
     row.reload_error = _difference(model.float(), moe_collab.load(output, torch.float32))
     row.reload = row.reload_error <= _RELOAD_TOLERANCE
@@ -72,7 +74,7 @@ def check(family: str, folder: Path) -> tuple[Row, Path]:
 
 def _recipe(plan: Path) -> str:
     modifiers: list[dict[str, dict[str, Any]]] = [
-        {"ExpertPruningModifier": {"retention": RETENTION}},
+        {"ExpertPruningModifier": {"retention": 0.75}},
         {"MixedBitAllocModifier": {"bpw": 4.0, "bits": [2, 3, 4, 8], "group_size": 32, "plan": str(plan)}},
         {"GPTQModifier": {"ignore": ["lm_head"]}},
     ]

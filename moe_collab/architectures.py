@@ -99,6 +99,8 @@ class Family:
     checkpoint_projections: tuple[str, str, str] = PROJECTIONS
     """What checkpoints call an expert's gate_proj, up_proj and down_proj."""
     stacked: StackedExperts | None = None
+    architecture: str | None = None
+    """What vLLM calls the model's class, where it takes transformers' name for a model it does not know."""
 
 
 _N_ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -109,7 +111,13 @@ FAMILIES = [
     # Its own checkpoints are transposed; transformers takes both ways, and square matrices only so.
     Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts()),
     Family(("mixtral", "minimax_m2"), checkpoint_projections=_W1_W3_W2),
-    Family(("phimoe",), router="router", fixed_top_k=True, checkpoint_projections=_W1_W3_W2),
+    Family(
+        ("phimoe",),
+        router="router",
+        fixed_top_k=True,
+        checkpoint_projections=_W1_W3_W2,
+        architecture="PhiMoEForCausalLM",
+    ),
     Family(("deepseek_v2",), num_experts_keys=_N_ROUTED, grouped=True, group_scores=1),
     Family(("deepseek_v3", "glm4_moe"), num_experts_keys=_N_ROUTED, grouped=True),
     Family(
