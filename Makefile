@@ -5,7 +5,7 @@ SERVE := .venv/serve/bin
 SHELL := /bin/bash
 KERNELS := moe_collab/kernels/cpu/_C.so
 
-.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-allocation bench-pruning fixture environments clean
+.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-allocation bench-pruning bench-families fixture environments clean
 
 demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
@@ -66,6 +66,10 @@ bench-allocation: .venv/compress/.ready
 # Resumes too; `rm -r build/bench/pruning` starts anew.
 bench-pruning: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.benchmarks.pruning
+
+# What works for each family, on tiny random models: about 15 minutes. Writes the table in README.md too.
+bench-families: environments $(KERNELS)
+	$(COMPRESS)/python -m integration.families --serve-python $(SERVE)/python
 
 fixture: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.fixture.train qwen3_moe

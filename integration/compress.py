@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from loguru import logger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_collab  # noqa: F401  (registers the modifiers)
 
@@ -72,20 +74,26 @@ def mixed_recipe(tuning_steps: int = 0, **fields) -> str:
     return yaml.safe_dump({"mixed_stage": stage}, sort_keys=False)
 
 
-def run_oneshot(recipe: str, output: Path, source: Path = FIXTURE, data: DataLoader | None = None, **options) -> None:
-    """Load `source`, run `recipe` on its calibration data, save to `output`."""
+def run_oneshot(
+    recipe: str,
+    output: Path,
+    source: Path = FIXTURE,
+    data: DataLoader | None = None,
+    model_class: Any = AutoModelForCausalLM,
+    **options: Any,
+) -> Any:
+    """Load `source`, run `recipe` on its calibration data, save to `output`; returns the compressed model."""
     from llmcompressor import oneshot
     from llmcompressor.utils import load_context
-    from transformers import AutoModelForCausalLM
 
     from moe_collab.modifiers.compat import keep_attention_causal
 
-    with load_context():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    with load_context(model_class):
+        model = model_class.from_pretrained(source, dtype="auto")
     keep_attention_causal(model)  # for stock quantizers too: they are to be at their best
-    oneshot(
+    return oneshot(
         model=model,
-        tokenizer=str(source),
+        processor=AutoTokenizer.from_pretrained(source),
         recipe=recipe,
         dataset=data or calibration(model=source),
         output_dir=str(output),

@@ -55,8 +55,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
     },
     "qwen3_vl_moe": {
         "intermediate_size": 256,
@@ -72,7 +72,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "olmoe": {"intermediate_size": 128, "num_key_value_heads": 2, "num_experts": 8},
-    "phimoe": {"intermediate_size": 128, "num_key_value_heads": 2, "num_local_experts": 8, "sliding_window": None},
+    "phimoe": {
+        "intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "sliding_window": None,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
     "granitemoe": {
         "intermediate_size": 128,
         "num_key_value_heads": 2,
@@ -81,7 +88,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
         "logits_scaling": 2.0,
     },
-    "minimax_m2": {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8},
+    "minimax_m2": {
+        "intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 32,
+        "num_local_experts": 8,
+    },
     "gpt_oss": {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8},
     "llama4": {
         "intermediate_size": 128,

@@ -99,6 +99,8 @@ class Family:
     checkpoint_projections: tuple[str, str, str] = PROJECTIONS
     """What checkpoints call an expert's gate_proj, up_proj and down_proj."""
     stacked: StackedExperts | None = None
+    architecture: str | None = None
+    """What vLLM calls the model's class, where it takes transformers' name for a model it does not know."""
 
 
 _N_ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -109,7 +111,13 @@ FAMILIES = [
     # Its own checkpoints are transposed; transformers takes both ways, and square matrices only so.
     Family(("qwen3_vl_moe", "qwen3_vl_moe_text"), stacked=StackedExperts()),
     Family(("mixtral", "minimax_m2"), checkpoint_projections=_W1_W3_W2),
-    Family(("phimoe",), router="router", fixed_top_k=True, checkpoint_projections=_W1_W3_W2),
+    Family(
+        ("phimoe",),
+        router="router",
+        fixed_top_k=True,
+        checkpoint_projections=_W1_W3_W2,
+        architecture="PhiMoEForCausalLM",
+    ),
     Family(("deepseek_v2",), num_experts_keys=_N_ROUTED, grouped=True, group_scores=1),
     Family(("deepseek_v3", "glm4_moe"), num_experts_keys=_N_ROUTED, grouped=True),
     Family(
@@ -240,8 +248,8 @@ def _unknown(config: Any) -> str:
     keys = dict.fromkeys(key for family in FAMILIES for key in (*family.num_experts_keys, *family.top_k_keys))
     found = [f"{key} = {getattr(config, key)}" for key in keys if getattr(config, key, None) is not None]
     return (
-        f"config.json: model_type {config.model_type!r} is no MoE family moe-collab knows ({known}). Describe it before "
-        f"oneshot(): moe_collab.architectures.register_family(Family(({config.model_type!r},), router=..., "
+        f"config.json: model_type {config.model_type!r} is no MoE family moe-collab knows ({known}). Describe it "
+        f"before oneshot(): moe_collab.architectures.register_family(Family(({config.model_type!r},), router=..., "
         f"num_experts_keys=..., top_k_keys=...)). Of the usual keys {', '.join(keys)} its config has "
         f"{', '.join(found) or 'none'}."
     )

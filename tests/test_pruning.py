@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_collab import MoeCollabError
+from moe_collab.architectures import Family
 from moe_collab.pruning import (
     CRITERIA,
     importance,
@@ -22,7 +23,7 @@ from moe_collab.statistics import ExpertStatistics, SavedStatistics, routed_weig
 def moe(num_experts=8, top_k=2, n_group=1, topk_group=1):
     reach = lambda kept: kept // n_group * topk_group  # noqa: E731
     return SimpleNamespace(
-        num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group, reachable=reach
+        family=Family(()), num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group, reachable=reach
     )
 
 

@@ -49,7 +49,7 @@ def install_save(model: torch.nn.Module) -> None:
             _check_masks(moe)
             counts = sync_config(model, moe)
             inner(str(beside), *args, **kwargs)
-            _patch_counts(beside / "config.json", counts)
+            _patch_config(beside / "config.json", counts, moe.family.architecture)
             if schemes and kwargs.get("save_compressed", True):
                 write_quantization_config(beside, schemes, plain)
                 verify(beside, expected, digests)
@@ -111,12 +111,14 @@ def _fingerprint(name: str, module: torch.nn.Linear) -> Fingerprint:
     return fingerprint(*codes_of(module))
 
 
-def _patch_counts(path: Path, counts: dict[str, int]) -> None:
-    """Write the live expert counts over those llm-compressor copied from the original config."""
+def _patch_config(path: Path, counts: dict[str, int], architecture: str | None) -> None:
+    """Write the live expert counts over those llm-compressor copied from the original config, and vLLM's class."""
     config = json.loads(path.read_text())
     text = config.get("text_config", config)
     for key in counts.keys() & text.keys():
         text[key] = counts[key]
+    if architecture:
+        config["architectures"] = [architecture]
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

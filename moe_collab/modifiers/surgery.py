@@ -86,7 +86,7 @@ def _set_ints(modules: tuple[nn.Module, ...], names: tuple[str, ...], value: int
 def sync_config(model: nn.Module, moe: MoEModel) -> dict[str, int]:
     """Write the live counts into `model.config`; returns every key a saved config may call them by.
 
-    Layers for multi-token prediction have experts and routers of the old counts and are not in the model: none stay.
+    Layers for multi-token prediction, with as many experts as before, are not in the model: none are left.
     """
     counts = {key: moe.num_experts for key in moe.family.num_experts_keys}
     counts |= {key: moe.top_k for key in moe.family.top_k_keys}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from integration.tiny_models import build_tiny
-from moe_collab.architectures import FAMILIES, MASKED_BIAS
+from moe_collab.architectures import MASKED_BIAS, StackedExperts, find_family
 from moe_collab.checkpoint.groups import write_quantization_config
 from moe_collab.checkpoint.load import write_dense_twin
 from moe_collab.formats import TERNARY, pack, pack_ternary
@@ -52,9 +52,13 @@ def build_mixed(
     `masked`: layer -> experts that its router's selection bias rules out and that are not stored.
     """
     build_tiny(family, path, **overrides)
-    projections = next(f.checkpoint_projections for f in FAMILIES if family in f.model_types)
+    described = find_family(family)
+    projections = described.checkpoint_projections
+    originals = load_file(path / "model.safetensors")
+    if described.stacked:
+        originals = _one_by_one(originals, described.stacked)
     tensors, schemes, plain = {}, {}, []
-    for name, weight in load_file(path / "model.safetensors").items():
+    for name, weight in originals.items():
         module = name.removesuffix(".weight")
         match = re.search(r"\.experts\.(\d+)\.(\w+)$", module)
         linear = None if ".layers.0." in name else LINEAR.get(module.rpartition(".")[2])
@@ -81,6 +85,21 @@ def build_mixed(
     twin = path.with_name(path.name + "-twin")
     write_dense_twin(path, twin, torch.float32)
     return path, twin
+
+
+def _one_by_one(tensors: Mapping[str, torch.Tensor], layout: StackedExperts) -> dict[str, torch.Tensor]:
+    """The inverse of `stack_experts`, for experts neither transposed nor interleaved."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith((layout.gate_up, layout.down)):
+            stacks = (tensor,) if name.endswith(layout.down) else tensor.chunk(2, dim=1)
+            names = ("down_proj",) if name.endswith(layout.down) else ("gate_proj", "up_proj")
+            block = name.removesuffix(layout.down).removesuffix(layout.gate_up)
+            for projection, stack in zip(names, stacks, strict=True):
+                found |= {f"{block}experts.{i}.{projection}.weight": w.clone() for i, w in enumerate(stack)}
+        else:
+            found[name] = tensor
+    return found
 
 
 def _scheme(layer: int, expert: int, projection: int) -> tuple[int, int, bool] | None:

@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from integration.served import MLA, assert_equal, generate, run_vllm
+
 from .mixed import build_mixed
-from .test_serving import MLA, NO_MLA, PARALLEL, assert_equal, broken, generate, run_vllm
+from .test_serving import NO_MLA, PARALLEL, broken
 
 # Of two routing groups of four; expert 0 is what stock vLLM looks at.
 MASKED = {1: (1, 6), 2: (0, 5, 7)}

@@ -1,83 +1,29 @@
 """Mixed-bit checkpoints in a real vLLM, equal to their dequantized twins."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import moe_collab
+from integration.served import MLA, assert_equal, generate, generate_with_transformers, run_vllm
 
-from .generate import PROMPTS
 from .mixed import build_mixed
 
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 PARALLEL = {
     "tp1": {},
     "tp2": {"tensor_parallel_size": 2},
     "tp2-ep": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
 }
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
-# On CPUs with AMX vLLM would take an attention kernel for MLA that has no float32.
-MLA = {"attention_backend": "CPU_MLA"}
 # At TP 2 that kernel is not deterministic enough to compare tokens.
 NO_MLA = {"VLLM_MLA_DISABLE": "1"}
-
-
-def run_vllm(model: Path, options: dict, variables: dict | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | ENVIRONMENT | (variables or {})
-    if options.get("tensor_parallel_size", 1) == 1:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
-    command = [sys.executable, str(Path(__file__).with_name("generate.py")), str(model), json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def generate(model: Path, options: dict, variables: dict | None = None) -> list:
-    done = run_vllm(model, options, variables)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
-    )
-
-
-@torch.no_grad()
-def generate_with_transformers(path: Path) -> list:
-    model = moe_collab.load(path, dtype=torch.float32)
-    found = []
-    for prompt in PROMPTS:
-        tokens = list(prompt)
-        logprobs = []
-        for _ in range(16):
-            logp = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-            tokens.append(int(logp.argmax()))
-            logprobs.append(float(logp.max()))
-        found.append([tokens[len(prompt) :], logprobs])
-    return found
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def built(request, tmp_path_factory):
     """(family, checkpoint, its twin)."""
     return request.param, *build_mixed(request.param, tmp_path_factory.mktemp("serving") / request.param)
-
-
-def assert_equal(found: list, expected: list, tolerance: float = 4e-3) -> None:
-    """The same tokens, and log-probabilities within what rounding activations to 16 bits costs.
-
-    Where two tokens are as likely within that tolerance either may be chosen; what follows is not comparable then.
-    """
-    for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(found, expected, strict=True):
-        for step in zip(tokens, logprobs, expected_tokens, expected_logprobs, strict=True):
-            token, logprob, expected_token, expected_logprob = step
-            assert logprob == pytest.approx(expected_logprob, abs=tolerance)
-            if token != expected_token:
-                break
-    # Chance does not tie them all.
-    assert any(tokens == expected_tokens for (tokens, _), (expected_tokens, _) in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
@@ -92,6 +38,11 @@ def test_equals_the_dequantized_twin(built, parallel):
         options, variables = {}, {}
         expected = generate_with_transformers(path)
     assert_equal(generate(path, options | PARALLEL[parallel], variables), expected)
+
+
+def test_a_family_whose_own_checkpoints_stack_experts(tmp_path):
+    path, _ = build_mixed("granitemoe", tmp_path / "granite")
+    assert_equal(generate(path, {}), generate_with_transformers(path))
 
 
 @pytest.fixture(scope="module")

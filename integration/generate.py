@@ -1,6 +1,6 @@
 """Greedy tokens and their log-probabilities from a real vLLM, as JSON on the line of stdout that begins with RESULT.
 
-python generate.py MODEL '{"tensor_parallel_size": 2, ...}'
+python integration/generate.py MODEL '{"tensor_parallel_size": 2, ...}'
 """
 
 import json
