@@ -21,8 +21,8 @@ from .teacher import Lessons, divergence, kl_of
 
 __all__ = ["Tuned", "tune_grids"]
 
-_FACTOR_RATE = 2e-3
-_PLACE_RATE = 2e-3
+_FACTOR_RATE = 4e-3
+_PLACE_RATE = 6e-3
 _INSIDE = 0.45
 """How far from its code, in steps of the grid, a weight may start: nearer than where another code is nearest."""
 
