@@ -49,6 +49,8 @@ class Family:
     model_types: tuple[str, ...]
     router: str = "gate"
     experts: str = "experts"
+    norm: str = "post_attention_layernorm"
+    """The norm beside the MoE block whose output the block, and nothing else, reads."""
     num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
     grouped: bool = False
