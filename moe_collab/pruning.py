@@ -75,10 +75,11 @@ def whole_groups(moe: MoEModel, wanted: int) -> int:
             f"ExpertPruningModifier: {kept} experts leave {moe.reachable(kept)} that a token can reach, "
             f"fewer than the {moe.top_k} activated per token. Keep more experts or lower num_experts_per_tok first."
         )
-    if groups > 1 and kept // groups < 2:
+    fewest = moe.family.group_scores
+    if groups > 1 and kept // groups < fewest:
         raise MoeCollabError(
             f"ExpertPruningModifier: {kept} experts are {kept // groups} per routing group, but a group's "
-            f"score is the sum of its top 2. Keep at least {2 * groups} experts."
+            f"score is the sum of its top {fewest}. Keep at least {fewest * groups} experts."
         )
     return kept
 

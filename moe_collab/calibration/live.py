@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from loguru import logger
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from ..architectures import MASKED_BIAS, MoELayer, MoEModel
+from ..architectures import MASKED_BIAS, MoELayer, MoEModel, logits_scaling
 from ..kernels.memory import available_memory
 
 __all__ = [
+    "decoder_of",
     "float32_weights",
     "held_out",
     "inputs_of",
@@ -89,28 +92,38 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
-    """The router's forward, `hidden -> (logits, weights, indices)`, as it is once only `kept` experts are there.
+    """The router's forward, returning what the router returns, as it is once only `kept` experts are there.
 
-    With a selection bias the others get one nobody chooses; else their rows are cut out of a copy.
+    With a selection bias the others get one nobody chooses; else a logit of minus infinity, as if they had no rows.
     """
-    router: Any = copy.deepcopy(layer.router)
-    bias = getattr(router, "e_score_correction_bias", None)
-    if isinstance(bias, torch.Tensor):
-        bias.data = torch.where(kept, bias.data, torch.full_like(bias.data, MASKED_BIAS))
-        return type(router).forward.__get__(router)
-    ids = kept.nonzero().flatten()
-    router.weight = nn.Parameter(router.weight.data[ids], requires_grad=False)
-    if isinstance(getattr(router, "bias", None), torch.Tensor):
-        router.bias = nn.Parameter(router.bias.data[ids], requires_grad=False)
-    for name in ("num_experts", "n_experts", "out_features"):
-        if isinstance(router.__dict__.get(name), int):
-            setattr(router, name, len(ids))
+    router: Any = layer.router
+    holder: Any = layer.bias_holder
+    stock = type(router).forward
+    if holder is None:
+        return partial(_without, stock, router, ~kept)
+    bias = torch.where(kept, holder.e_score_correction_bias, MASKED_BIAS).to(holder.e_score_correction_bias.dtype)
+    if holder is not router:
+        return lambda hidden_states, *_: stock(router, hidden_states, bias)
+    router = copy.deepcopy(router)
+    router.e_score_correction_bias.data = bias
+    return stock.__get__(router)
 
-    def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits, weights, indices = type(router).forward(router, hidden_states)
-        return logits, weights, ids.to(indices.device)[indices]
 
-    return forward
+def _without(forward: Any, router: nn.Module, gone: torch.Tensor, *args: Any) -> Any:
+    with _LogitsWithout(gone):
+        return forward(router, *args)
+
+
+class _LogitsWithout(TorchFunctionMode):
+    """Within a router, whose one matrix product gives the logits [..., experts]: those of `gone` become -inf."""
+
+    def __init__(self, gone: torch.Tensor) -> None:
+        super().__init__()
+        self._gone = gone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.masked_fill(self._gone, -torch.inf) if func is nn.functional.linear else result
 
 
 def held_out(batches: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -129,12 +142,19 @@ def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch
     return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
 
 
+def decoder_of(model: Any) -> Any:
+    """The language model without its lm_head."""
+    decoder = model.get_decoder()
+    return getattr(decoder, "model", decoder)  # of Llama 4, get_decoder() gives a model with an lm_head
+
+
 def predict(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(input of lm_head, logits) of every position but the last, [rows, length - 1, ...].
 
-    During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here.
+    During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here; what the model
+    divides its output by divides the input.
     """
-    hidden = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    hidden = decoder_of(model)(**batch, use_cache=False).last_hidden_state[:, :-1] / logits_scaling(model.config)
     head = model.get_output_embeddings()
     return hidden, nn.functional.linear(hidden, head.weight, head.bias)
 

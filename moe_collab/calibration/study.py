@@ -127,7 +127,7 @@ class LayerStudy:
     def _routing(self, kept: torch.Tensor) -> torch.Tensor:
         """The router's weights with only `kept` to choose from, [tokens, experts], 0 where not chosen."""
         hidden = self.samples.hidden.to(self.layer.router.weight.dtype)  # type: ignore[arg-type]
-        _, weights, indices = masked_router(self.layer, kept)(hidden)
+        weights, indices = self.layer.routing(masked_router(self.layer, kept)(hidden))
         return torch.zeros(self.samples.num_tokens, len(kept)).scatter_(1, indices, weights.float())
 
     def _losses(self, routing: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

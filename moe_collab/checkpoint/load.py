@@ -13,26 +13,29 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..architectures import find_family
 from ..errors import MoeCollabError
-from .experts import check_experts, zeros_of_masked
+from .experts import check_experts, stack_experts, zeros_of_masked
 from .reader import Checkpoint
 
 __all__ = ["load", "stock_conversions", "write_dense_twin"]
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: Any) -> Any:
-    """A transformers causal language model with the checkpoint's dequantized weights.
+    """The transformers model that config.json names, or else a causal language model, with the dequantized weights.
 
     `dtype` None keeps the checkpoint's. Raises `MoeCollabError` if a tensor is missing, unknown to the model,
     or unreadable; no weight is ever left at its random start.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, stock_conversions():
         write_dense_twin(path, folder, dtype)
+        name = next(iter(Checkpoint(folder).config.get("architectures") or []), "")
+        model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
         arguments = {"dtype": dtype or "auto", "output_loading_info": True} | from_pretrained
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+            loaded: Any = model_class.from_pretrained(folder, **arguments)
         except RuntimeError as error:  # transformers' word for shapes that do not fit
             raise MoeCollabError(f"{path}: its tensors do not fit the model in config.json. {error}") from error
         model, report = loaded
@@ -57,7 +60,7 @@ def stock_conversions() -> Iterator[None]:
 
 
 def write_dense_twin(path: str | Path, output: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the same model unquantized: what the compressed checkpoint at `path` computes with.
+    """Write the same model unquantized, as its family's own checkpoints: what the one at `path` computes with.
 
     Dequantized weights get `dtype`, or else that of their scales; other tensors stay as they are.
     """
@@ -66,6 +69,9 @@ def write_dense_twin(path: str | Path, output: str | Path, dtype: torch.dtype | 
     output.mkdir(parents=True, exist_ok=True)
     dense = checkpoint.dense_tensors(dtype)
     dense |= zeros_of_masked(checkpoint, dense)
+    family = find_family(checkpoint.config.get("model_type"))
+    if family and family.stacked:
+        dense = stack_experts(dense, family.stacked)
     save_file(dense, output / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -49,7 +49,7 @@ def output_at(moe: MoEModel, layer: MoELayer, hidden: torch.Tensor, top_k: int) 
     """The routed experts' output for `hidden` [tokens, hidden] with `top_k` experts per token, float32."""
     output = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     with activating(replace(moe, layers=(layer,)), top_k), HooksMixin.disable_hooks():
-        _, weights, indices = layer.router(hidden)
+        weights, indices = layer.routing(layer.router(hidden))
         for index in layer.live_experts:
             tokens, shares = routed_weights(indices, weights, index)
             if len(tokens):

@@ -28,13 +28,13 @@ from .routing import RoutingTap
 from .saving import check_masks, install_save
 from .smoothing import (
     Rescaling,
-    is_linear_in_up,
     norm_and_readers,
     rescale_norm,
     rescale_outputs,
     rescale_up_down,
 )
 from .surgery import activating, set_top_k
+from .weighed_inputs import call_experts_alike
 
 __all__ = ["ActivationSmoothModifier"]
 
@@ -101,9 +101,11 @@ class ActivationSmoothModifier(Modifier):
         check_data(state, "ActivationSmoothModifier")
         moe = describe(state.model)
         self._original = (_live_experts(moe), moe.top_k)
+        self._check_family(moe)
+        call_experts_alike(moe)
         if isinstance(self.num_experts_per_tok, int):
             _check_reachable(self.num_experts_per_tok, self._reachable_after_pruning(moe))
-        self._check_exact(state.model)
+        self._check_norms(state.model)
         keep_attention_causal(state.model)
         install_save(state.model)
         return True
@@ -120,13 +122,8 @@ class ActivationSmoothModifier(Modifier):
                 reachable = min(reachable, moe.reachable(whole_groups(moe, kept)) if physical else kept)
         return reachable
 
-    def _check_exact(self, model: torch.nn.Module) -> None:
+    def _check_norms(self, model: torch.nn.Module) -> None:
         for layer in self._smoothed(model):
-            if self.strength is not None and not is_linear_in_up(layer.expert(layer.live_experts[0])):
-                raise MoeCollabError(
-                    f"ActivationSmoothModifier.strength: the experts of {layer.name} clamp or shift what up_proj puts "
-                    "out, so no scale can be moved from it to down_proj exactly. Leave strength out."
-                )
             if self.norm_strength is not None:
                 norm_and_readers(model, describe(model), layer)
 
@@ -134,6 +131,19 @@ class ActivationSmoothModifier(Modifier):
         """The layers to smooth, if any smoothing is asked for."""
         wanted = self.strength is not None or self.norm_strength is not None
         return describe(model, self.ignore).layers if wanted else ()
+
+    def _check_family(self, moe: MoEModel) -> None:
+        fixed = moe.family.fixed_top_k or moe.family.weighs_inputs
+        if fixed and self.num_experts_per_tok not in ("keep", moe.top_k):
+            raise MoeCollabError(
+                f"ActivationSmoothModifier.num_experts_per_tok: routers of {moe.family.model_types[0]} always activate "
+                f"{moe.top_k} experts. Use `keep`."
+            )
+        if self.strength is not None and not moe.family.linear_in_up:
+            raise MoeCollabError(
+                f"ActivationSmoothModifier.strength: experts of {moe.family.model_types[0]} clamp what up_proj puts "
+                "out, so smoothing would change them. Leave it out."
+            )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
         """Watch what reaches the experts, and what they would put out with other numbers of them activated."""

@@ -35,6 +35,7 @@ from .routing import RoutingTap
 from .saving import install_save
 from .surgery import keep_experts, mask_experts
 from .token_tags import TokenTags
+from .weighed_inputs import call_experts_alike
 
 __all__ = ["ExpertPruningModifier"]
 
@@ -97,6 +98,7 @@ class ExpertPruningModifier(Modifier):
         """Check the recipe against the model before any data is read."""
         check_unquantized(state.model, "ExpertPruningModifier")
         self._moe = moe = describe(state.model, self.ignore)
+        call_experts_alike(moe)
         self._num_kept = wanted_num_experts(moe, self.retention, self.num_experts)
         if self.pruning == "physical":
             self._num_kept = whole_groups(moe, self._num_kept)

@@ -22,6 +22,7 @@ from ..rounding import Grid, Rounder
 from .common import check_data, check_unquantized, is_on_disk
 from .saving import install_save
 from .schemes import is_ternary
+from .weighed_inputs import call_experts_alike
 
 __all__ = ["FisherGPTQModifier"]
 
@@ -52,7 +53,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         """Check data and model; attach this modifier's own schemes, if it has any."""
         check_unquantized(state.model, "FisherGPTQModifier")
         check_data(state, "FisherGPTQModifier")
-        describe(state.model)
+        call_experts_alike(describe(state.model))
         if is_on_disk(state.model):
             raise MoeCollabError(
                 "FisherGPTQModifier: the model is offloaded to disk, and its backward pass needs all weights at hand. "

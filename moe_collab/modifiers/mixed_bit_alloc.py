@@ -44,6 +44,7 @@ from .schemes import attach_scheme, forget_empty_schemes, is_sound, round_in_pla
 from .search import Found, Search
 from .sensitivity import Sensitivity
 from .surgery import keep_experts, mask_experts
+from .weighed_inputs import call_experts_alike
 
 __all__ = ["SUPPORTED_BITS", "MixedBitAllocModifier"]
 
@@ -209,6 +210,7 @@ class MixedBitAllocModifier(Modifier):
         if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
             self._check_budget(planner)
         keep_attention_causal(state.model)
+        call_experts_alike(describe(state.model))
         install_save(state.model)
         return True
 
@@ -219,6 +221,11 @@ class MixedBitAllocModifier(Modifier):
             raise MoeCollabError(
                 f"MixedBitAllocModifier.pruning: the router of {bare[0]} has no selection bias to mask experts by. "
                 "Use pruning: physical."
+            )
+        if self.pruning != "none" and not {"weights", "indices"} <= {*moe.family.router_output}:
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.pruning: routers of {moe.family.model_types[0]} do not return what they chose, "
+                "as trying the loss of an expert takes. Use ExpertPruningModifier."
             )
         return Planner(model, moe, self._targets(model, moe), self, self._bytes(model))
 
@@ -279,8 +286,11 @@ class MixedBitAllocModifier(Modifier):
     def _targets(self, model: torch.nn.Module, moe: MoEModel) -> dict[str, torch.nn.Linear]:
         """Every Linear that may lose bits: routed experts, what `fixed` names, and with scope `model` all others."""
         experts = {id(module) for layer in moe.layers for *_, module in layer.projections()}
+        routers = {id(layer.router) for layer in moe.layers}
         found = {}
         for name, module in match_named_modules(model, ["Linear"], self.ignore):
+            if id(module) in routers:
+                continue
             others = self.scope == "model" and module.out_features >= _FEWEST_ROWS and not _is_tied(model, module)
             if id(module) in experts or others or self.fixed_bits(name) not in (None, 16):
                 found[name] = module

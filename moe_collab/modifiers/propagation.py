@@ -11,7 +11,8 @@ from compressed_tensors import align_module_device
 from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 
-from ..architectures import MoELayer, MoEModel
+from ..architectures import MoELayer, MoEModel, logits_scaling
+from ..calibration.live import decoder_of
 from ..errors import MoeCollabError
 
 __all__ = ["kl_per_squared_error"]
@@ -77,7 +78,7 @@ def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tens
 
 def _log_probabilities(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     # During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here.
-    hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+    hidden = decoder_of(model)(**batch, use_cache=False).last_hidden_state / logits_scaling(model.config)
     head = model.get_output_embeddings()
     with align_module_device(head):
         return torch.nn.functional.linear(hidden, head.weight, head.bias).float().log_softmax(-1)

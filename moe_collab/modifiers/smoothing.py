@@ -1,5 +1,5 @@
 """Per-channel scales moved from one weight to the next: the model computes the same, its weights and activations are
-evener. And the two checks that tell where that would not be so.
+evener. And the check of norms and their readers that tells where that would not be so.
 
 Scales are powers of two, so that float32 and bfloat16 models stay the same bit for bit; in float16 weights that
 become subnormal lose bits.
@@ -21,7 +21,6 @@ from ..errors import MoeCollabError
 
 __all__ = [
     "Rescaling",
-    "is_linear_in_up",
     "multiplies_by_weight",
     "norm_and_readers",
     "rescale_norm",
@@ -90,16 +89,6 @@ def rescale_outputs(layer: MoELayer, factor: float) -> Iterable[Rescaling]:
         yield Rescaling(down, "weight", factor)
         if down.bias is not None:
             yield Rescaling(down, "bias", factor)
-
-
-def is_linear_in_up(expert: nn.Module) -> bool:
-    """Whether twice `up_proj`'s output is twice `down_proj`'s input: not with gpt-oss's clamped (up + 1)."""
-    activation = getattr(expert, "_apply_gate", None)
-    if activation is None:
-        return False
-    gate, up = torch.linspace(-3, 3, 7), torch.tensor([-1e6, -1e3, -10.0, 0.1, 10.0, 1e3, 1e6])
-    once, twice = (activation(torch.cat([gate, factor * up])) for factor in (1, 2))
-    return torch.equal(2 * once, twice)
 
 
 def multiplies_by_weight(norm: nn.Module) -> bool:

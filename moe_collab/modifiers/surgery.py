@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 import torch
 from compressed_tensors import align_module_device
+from loguru import logger
 from torch import nn
 
-from ..architectures import MASKED_BIAS, MoELayer, MoEModel, text_config
+from ..architectures import MASKED_BIAS, MTP_KEYS, TOP_K_ATTRIBUTES, MoELayer, MoEModel, text_config
 from ..errors import MoeCollabError
 
 __all__ = ["MaskedExpert", "activating", "keep_experts", "mask_experts", "set_top_k", "sync_config"]
 
 _COUNT_ATTRIBUTES = ("num_experts", "n_experts", "n_routed_experts", "num_local_experts")
-_TOP_K_ATTRIBUTES = ("top_k", "num_experts_per_tok")
 _ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias")
 
 
@@ -76,7 +76,7 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
 def set_top_k(moe: MoEModel, top_k: int) -> None:
     """Let every router activate `top_k` experts per token."""
     for layer in moe.layers:
-        _set_ints((layer.block, layer.router, layer.experts), _TOP_K_ATTRIBUTES, top_k)
+        _set_ints((layer.block, layer.router, layer.experts), TOP_K_ATTRIBUTES, top_k)
 
 
 @contextmanager
@@ -98,10 +98,16 @@ def _set_ints(modules: tuple[nn.Module, ...], names: tuple[str, ...], value: int
 
 
 def sync_config(model: nn.Module, moe: MoEModel) -> dict[str, int]:
-    """Write the live expert counts into `model.config`; returns every key a saved config may call them by."""
+    """Write the live counts into `model.config`; returns every key a saved config may call them by.
+
+    Layers for multi-token prediction have experts and routers of the old counts and are not in the model: none is left.
+    """
     counts = {key: moe.num_experts for key in moe.family.num_experts_keys}
     counts |= {key: moe.top_k for key in moe.family.top_k_keys}
     config = text_config(model.config)
+    if any(getattr(config, key, None) for key in MTP_KEYS):
+        logger.warning("the layers for multi-token prediction are left out of the checkpoint: no speculative decoding")
+    counts |= dict.fromkeys(MTP_KEYS, 0)
     for key, value in counts.items():
         if hasattr(config, key):
             setattr(config, key, value)

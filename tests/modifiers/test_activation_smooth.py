@@ -5,13 +5,12 @@ from contextlib import suppress
 
 import pytest
 import torch
-from llmcompressor.modeling.moe.gpt_oss import GptOssLinearExperts
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils import load_context
 from loguru import logger
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
@@ -22,7 +21,7 @@ from moe_collab.architectures import describe
 from moe_collab.calibration import log_probabilities, mean_kl
 from moe_collab.modifiers.activation import bytes_per_token
 from moe_collab.modifiers.schemes import rounded, weight_arguments
-from moe_collab.modifiers.smoothing import is_linear_in_up, multiplies_by_weight
+from moe_collab.modifiers.smoothing import multiplies_by_weight
 from moe_collab.modifiers.surgery import set_top_k
 
 from .conftest import load, recipe, run, samples
@@ -249,21 +248,12 @@ def test_where_channels_stand_out_smoothing_lowers_the_error_of_rounding(field):
     assert smoothed.kl_in_integers(3) < 0.5 * plain.kl_in_integers(3)
 
 
-def test_what_cannot_be_smoothed_exactly_is_recognised(tiny):
-    config = GptOssConfig(num_local_experts=2, hidden_size=16, intermediate_size=16)
-    assert not is_linear_in_up(GptOssLinearExperts(config)[0])
-    assert is_linear_in_up(describe(load(tiny("mixtral"))).layers[0].expert(0))
+def test_norms_that_do_not_multiply_by_their_weight_are_recognised():
     assert not multiplies_by_weight(Qwen3NextRMSNorm(16)) and not multiplies_by_weight(GemmaRMSNorm(16))
     norm = torch.nn.LayerNorm(16)
     assert multiplies_by_weight(norm)
     norm.bias.data += 1
     assert not multiplies_by_weight(norm)
-
-
-def clamp(block):
-    apply = block.experts[0]._apply_gate
-    for expert in (block.experts[index] for index in range(8)):
-        expert._apply_gate = lambda gate_up: apply(gate_up.clamp(max=7))
 
 
 def shift_norm(layer):
@@ -277,7 +267,6 @@ def read_norm(block):
 @pytest.mark.parametrize(
     ("fields", "spoil", "message"),
     [
-        ({"strength": 0.5}, lambda layer: clamp(layer.mlp), "clamp or shift what up_proj puts out"),
         ({"norm_strength": 0.5}, shift_norm, "multiply by 1 \\+ weight"),
         (
             {"norm_strength": 0.5},
@@ -292,6 +281,21 @@ def test_what_cannot_be_smoothed_exactly_is_refused(fields, spoil, message, tiny
     with pytest.raises(MoeCollabError, match=message):
         smooth(model, data=unreadable(), **fields)
     smooth(model, ignore=[r"layers\.1\."], **fields, data=samples(4))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("gpt_oss", {"strength": 0.5}, "clamp what up_proj puts out"),
+        ("qwen3_next", {"norm_strength": 0.5}, "multiply by 1 \\+ weight"),
+        ("phimoe", {"num_experts_per_tok": 1}, "always activate 2 experts"),
+        ("phimoe", {"num_experts_per_tok": "auto", "max_kl": 1.0}, "always activate 2 experts"),
+        ("llama4", {"num_experts_per_tok": 2}, "always activate 1 experts"),
+    ],
+)
+def test_families_that_forbid_it_are_refused(family, fields, message, tiny):
+    with pytest.raises(MoeCollabError, match=message):
+        smooth(tiny(family), data=unreadable(), **fields)
 
 
 def unreadable():
@@ -372,6 +376,8 @@ def test_a_shared_calibration_pass_is_refused(tiny):
     ("fields", "message"),
     [
         ({"num_experts_per_tok": 0}, "at least 1"),
+        ({"num_experts_per_tok": -2}, "at least 1"),
+        ({"num_experts_per_tok": -0.5}, "between 0 and 1"),
         ({"num_experts_per_tok": "half"}, "num_experts_per_tok"),
         ({"num_experts_per_tok": 1.0}, "between 0 and 1"),
         ({"num_experts_per_tok": "auto"}, "need each other"),
