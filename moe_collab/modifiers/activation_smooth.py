@@ -49,7 +49,10 @@ class ActivationSmoothModifier(Modifier):
     routed experts' outputs of each layer are multiplied, in `down_proj`, by the one factor that brings them nearest to
     what they were (`OutputMatch`). Both smoothings move powers of two from one weight to the next, and leave the
     model's function unchanged bit for bit in float32 and bfloat16; they are off by default, for they pay only where
-    single channels stand out, and otherwise raise the error at 2 to 4 bits.
+    single channels stand out. On the trained Qwen3-MoE fixture, whose channels are even, KL after rounding to nearest
+    (groups of 128, zero points) goes from 0.049 to 0.065 nats at 3 bits and from 0.247 to 0.359 at 2 bits with
+    `strength: 0.5`; with `norm_strength: 0.5` every scale rounds to 1 and nothing changes. With channels made to stand
+    out by a factor of 64, either more than halves KL at 3 bits.
 
     :param num_experts_per_tok: an integer; a share in (0, 1) of the present number; `scale` = in proportion to the
         experts that pruning kept; both rounded half up, at least 1; `auto` = the smallest number that keeps `max_kl`;
