@@ -290,7 +290,6 @@ def test_what_cannot_be_smoothed_exactly_is_refused(fields, spoil, message, tiny
         ("qwen3_next", {"norm_strength": 0.5}, "multiply by 1 \\+ weight"),
         ("phimoe", {"num_experts_per_tok": 1}, "always activate 2 experts"),
         ("phimoe", {"num_experts_per_tok": "auto", "max_kl": 1.0}, "always activate 2 experts"),
-        ("llama4", {"num_experts_per_tok": 2}, "always activate 1 experts"),
     ],
 )
 def test_families_that_forbid_it_are_refused(family, fields, message, tiny):
