@@ -82,6 +82,8 @@ class Family:
     """The MoE block's attribute whose `weight` has a row for each expert."""
     experts: str = "experts"
     """The MoE block's attribute that llm-compressor turns into a list of experts."""
+    norm: str = "post_attention_layernorm"
+    """The norm beside the MoE block whose output the block, and nothing else, reads."""
     router_output: tuple[str, ...] = ("logits", "weights", "indices")
     """What the router returns, in order."""
     num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")

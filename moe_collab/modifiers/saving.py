@@ -26,7 +26,7 @@ from .naming import checkpoint_names, use_checkpoint_names
 from .schemes import codes_of, is_sound
 from .surgery import sync_config
 
-__all__ = ["expect_plan", "install_save"]
+__all__ = ["check_masks", "expect_plan", "install_save"]
 
 
 def install_save(model: torch.nn.Module) -> None:
@@ -46,7 +46,7 @@ def install_save(model: torch.nn.Module) -> None:
         digests = _plain_digests(model)
         with replace_directory(Path(save_directory)) as beside:
             moe = describe(model)
-            _check_masks(moe)
+            check_masks(moe)
             counts = sync_config(model, moe)
             inner(str(beside), *args, **kwargs)
             _patch_config(beside / "config.json", counts, moe.family.architecture)
@@ -60,7 +60,8 @@ def install_save(model: torch.nn.Module) -> None:
     model.save_pretrained = save_pretrained
 
 
-def _check_masks(moe: MoEModel) -> None:
+def check_masks(moe: MoEModel) -> None:
+    """Raise `MoeCollabError` if a router could select an expert that is gone."""
     for layer in moe.layers:
         if dropped := set(range(layer.num_experts)) - set(layer.live_experts):
             check_mask(moe, layer.name, dropped)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from compressed_tensors import align_module_device
 from loguru import logger
@@ -10,7 +13,7 @@ from torch import nn
 from ..architectures import MASKED_BIAS, MTP_KEYS, TOP_K_ATTRIBUTES, MoELayer, MoEModel, text_config
 from ..errors import MoeCollabError
 
-__all__ = ["MaskedExpert", "keep_experts", "mask_experts", "set_top_k", "sync_config"]
+__all__ = ["MaskedExpert", "activating", "keep_experts", "mask_experts", "set_top_k", "sync_config"]
 
 _COUNT_ATTRIBUTES = ("num_experts", "n_experts", "n_routed_experts", "num_local_experts")
 _ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias")
@@ -74,6 +77,17 @@ def set_top_k(moe: MoEModel, top_k: int) -> None:
     """Let every router activate `top_k` experts per token."""
     for layer in moe.layers:
         _set_ints((layer.block, layer.router, layer.experts), TOP_K_ATTRIBUTES, top_k)
+
+
+@contextmanager
+def activating(moe: MoEModel, top_k: int) -> Iterator[None]:
+    """Let every router activate `top_k` experts per token within the block."""
+    before = moe.top_k
+    set_top_k(moe, top_k)
+    try:
+        yield
+    finally:
+        set_top_k(moe, before)
 
 
 def _set_ints(modules: tuple[nn.Module, ...], names: tuple[str, ...], value: int) -> None:

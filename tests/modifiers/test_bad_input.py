@@ -21,9 +21,6 @@ ALLOCATE = {"bpw": 4.0, "group_size": 32}
         ("ExpertPruningModifier", {"retention": 1.5}, "less than or equal to 1"),
         ("ExpertPruningModifier", {}, "exactly one of `retention` and `num_experts`"),
         ("ExpertPruningModifier", {"retention": 0.5, "num_experts": 4}, "exactly one of"),
-        ("ActivationSmoothModifier", {"num_experts_per_tok": 0}, "at least 1"),
-        ("ActivationSmoothModifier", {"num_experts_per_tok": "half"}, "num_experts_per_tok"),
-        ("ActivationSmoothModifier", {"strength": 2}, "less than or equal to 1"),
         ("MixedBitAllocModifier", {"bits": [2, 4]}, "exactly one of `budget`"),
         ("MixedBitAllocModifier", {"budget": "3 parsecs"}, "3 parsecs"),
         ("MixedBitAllocModifier", {**ALLOCATE, "bits": [0, 2]}, "must be a list from"),
@@ -56,7 +53,6 @@ class Untouchable:
         ([{"ExpertPruningModifier": {"num_experts": 9}}], "cannot keep 9 of 8"),
         ([{"ExpertPruningModifier": {"retention": 0.5, "ignore": ["."]}}], "no MoE layer found"),
         ([{"ExpertPruningModifier": {"retention": 0.5, "ignore": [r"layers\.0"]}}], "one expert count for all layers"),
-        ([{"ActivationSmoothModifier": {"num_experts_per_tok": 9}}], "can reach only 8 experts, not 9"),
         ([{"MixedBitAllocModifier": ALLOCATE}], "no quantizer comes after it"),
         ([QUANTIZE, {"MixedBitAllocModifier": ALLOCATE}], "no quantizer comes after it"),
         (
