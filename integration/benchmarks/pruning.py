@@ -111,17 +111,15 @@ class Bench:
 
     def _calibration(self) -> None:
         """Router calibration after pruning."""
-        for retention in RETENTIONS:
-            for criterion in (DEFAULT, PAPER):
-                self._add("calibration", f"{criterion}, calibrated", retention, _prune(retention, criterion), CALIBRATE)
-            if self.model.moe.layers[0].bias_holder is not None:
-                masked = _prune(retention, DEFAULT, pruning="masked")
-                self._add("calibration", f"{DEFAULT}, masked, calibrated", retention, masked, CALIBRATE)
-        for target in ("router", "norms", "gains"):
-            only = {"RouterCalibrationModifier": {"targets": [target]}}
-            self._add("calibration", f"{DEFAULT}, {target} calibrated", RETENTIONS[0], _prune(RETENTIONS[0]), only)
+        most, least = RETENTIONS
+        self._add("calibration", f"{DEFAULT}, calibrated", most, _prune(most), CALIBRATE)
         blocks = {"RouterCalibrationModifier": {"objective": "blocks"}}
-        self._add("calibration", f"{DEFAULT}, calibrated by blocks", RETENTIONS[0], _prune(RETENTIONS[0]), blocks)
+        self._add("calibration", f"{DEFAULT}, calibrated by blocks", most, _prune(most), blocks)
+        if self.model.moe.layers[0].bias_holder is not None:
+            masked = _prune(most, pruning="masked")
+            self._add("calibration", f"{DEFAULT}, masked, calibrated", most, masked, CALIBRATE)
+        self._add("calibration", f"{DEFAULT}, calibrated", least, _prune(least), CALIBRATE)
+        self._add("calibration", f"{PAPER}, calibrated", most, _prune(most, PAPER), CALIBRATE)
 
     def _quantized(self) -> None:
         """Router calibration after stock uniform GPTQ at 2 bits in groups of 128, all experts kept."""

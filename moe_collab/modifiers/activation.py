@@ -34,6 +34,11 @@ class OutputMatch:
         self.cross += float((own * other).sum())
         self.square += float(other.square().sum())
 
+    def __iadd__(self, other: OutputMatch) -> OutputMatch:
+        self.cross += other.cross
+        self.square += other.square
+        return self
+
     @property
     def factor(self) -> float:
         """c of the smallest |y - c z|^2: <y, z> / <z, z>; 1 if nothing was seen.

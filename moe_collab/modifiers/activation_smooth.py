@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.offload import get_execution_device
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -17,12 +16,13 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ..allocation.budget import format_bytes
 from ..architectures import MoELayer, MoEModel, describe
-from ..calibration import float32_weights, held_out, inputs_of
+from ..calibration import float32_weights, held_out
 from ..errors import MoeCollabError
 from ..pruning import scaled_top_k, wanted_num_experts, whole_groups
 from .activation import OutputMatch, bytes_per_token, kl_by_top_k, output_at
-from .common import check_data, check_unquantized, is_on_disk, modifiers_of_this_pass
+from .common import calibration_batches, check_data, check_unquantized, is_on_disk, modifiers_of_this_pass
 from .compat import keep_attention_causal
+from .distributed import everyones
 from .expert_pruning import ExpertPruningModifier
 from .routing import RoutingTap
 from .saving import check_masks, install_save
@@ -210,10 +210,8 @@ class ActivationSmoothModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
         """Decide and compute everything, then change the model."""
         self.remove_hooks()
-        matches, self._matches = self._matches, {}
-        largest, self._largest = self._largest, {}
         moe = describe(state.model)
-        factors = {top_k: {n: match.factor for n, match in seen.items()} for top_k, seen in matches.items()}
+        factors, largest = self._factors(), self._peaks(state.model)
         _check_finite(factors, largest)
         top_k = self._choose(state, moe, factors)
         rescalings = self._smoothings(state.model, moe, largest)
@@ -225,12 +223,31 @@ class ActivationSmoothModifier(Modifier):
             rescaling.apply()
         set_top_k(moe, top_k)
 
+    def _factors(self) -> Factors:
+        """Of the other numbers of experts, by what all processes saw."""
+        seen, self._matches = self._matches, {}
+        total = {top_k: {name: OutputMatch() for name in by_layer} for top_k, by_layer in seen.items()}
+        for part in everyones([seen]):
+            for top_k, by_layer in part.items():
+                for name, match in by_layer.items():
+                    total[top_k][name] += match
+        return {top_k: {name: match.factor for name, match in by_layer.items()} for top_k, by_layer in total.items()}
+
+    def _peaks(self, model: torch.nn.Module) -> dict[torch.nn.Module, torch.Tensor]:
+        """Largest magnitudes [features] before the modules that any process's tokens reached."""
+        names = {module: name for name, module in model.named_modules()}
+        seen, self._largest = {names[module]: peaks for module, peaks in self._largest.items()}, {}
+        found: dict[torch.nn.Module, torch.Tensor] = {}
+        for name, peaks in (item for part in everyones([seen]) for item in part.items()):
+            module = model.get_submodule(name)
+            found[module] = torch.maximum(found[module], peaks) if module in found else peaks
+        return found
+
     def _choose(self, state: State, moe: MoEModel, factors: Factors) -> int:
         if self.max_kl is None:
             return next(iter(factors), moe.top_k)
         model: Any = state.model
-        device = get_execution_device(model.get_input_embeddings())
-        _, batches = held_out([inputs_of(batch, device) for batch in state.data.calib])
+        _, batches = held_out(calibration_batches(state))
         with nullcontext() if is_on_disk(model) else float32_weights(model):
             costs = kl_by_top_k(model, moe, factors, batches)
         if not all(map(math.isfinite, costs.values())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from compressed_tensors.offload import get_offloaded_device
+from compressed_tensors.offload import get_execution_device, get_offloaded_device
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import State, active_session
@@ -46,7 +46,7 @@ def check_data(state: State, who: str) -> None:
 
 def calibration_batches(state: State) -> list[dict[str, torch.Tensor]]:
     """What the model is called with for each calibration batch, of all processes."""
-    device = next(state.model.parameters()).device
+    device = get_execution_device(state.model.get_input_embeddings())
     batches = everyones([inputs_of(batch, torch.device("cpu")) for batch in state.data.calib])
     return [inputs_of(batch, device) for batch in batches]
 

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
-from torch import distributed
+from compressed_tensors.utils import update_offload_parameter
+from torch import distributed, nn
 
 from ..statistics import ExpertStatistics
 
-__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "sum_up"]
+__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "store", "sum_up"]
 
 T = TypeVar("T")
 
@@ -46,6 +48,21 @@ def sum_up(statistics: Iterable[ExpertStatistics]) -> None:
                 highest = name == "largest"
                 operation = distributed.ReduceOp.MAX if highest else distributed.ReduceOp.SUM
                 distributed.all_reduce(total, operation, group)
+
+
+def store(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter another value, under offload too.
+
+    Processes share what is offloaded: none may write while another still reads, so all come here in the same order.
+    """
+    _wait()
+    update_offload_parameter(module, name, value)
+    _wait()
+
+
+def _wait() -> None:
+    if is_distributed():
+        distributed.barrier()
 
 
 @contextmanager

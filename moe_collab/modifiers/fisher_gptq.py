@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization
-from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -21,6 +20,7 @@ from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
 from ..rounding import Grid, Rounder
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk
+from .distributed import store
 from .saving import install_save
 from .schemes import is_ternary
 from .weighed_inputs import call_experts_alike
@@ -135,7 +135,7 @@ def _scheme_of(module: nn.Module) -> Scheme:
 @torch.no_grad()
 def _write(module: nn.Module, grid: Grid) -> None:
     """Put the rounded weight, its scales and zero points into a module whose scheme is attached."""
-    update_offload_parameter(module, "weight", grid.values()[0].to(module.weight.dtype))
-    update_offload_parameter(module, "weight_scale", grid.scales[0].to(module.weight_scale.dtype))
+    store(module, "weight", grid.values()[0].to(module.weight.dtype))
+    store(module, "weight_scale", grid.scales[0].to(module.weight_scale.dtype))
     if hasattr(module, "weight_zero_point"):
-        update_offload_parameter(module, "weight_zero_point", grid.zeros[0].to(module.weight_zero_point.dtype))
+        store(module, "weight_zero_point", grid.zeros[0].to(module.weight_zero_point.dtype))

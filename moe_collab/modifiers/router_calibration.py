@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from compressed_tensors.quantization import disable_quantization, enable_quantization
 from compressed_tensors.quantization.lifecycle.forward import dequantize
-from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import eval_context
@@ -26,6 +25,7 @@ from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
 from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach, texts
 from ..errors import MoeCollabError
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk
+from .distributed import store
 from .saving import install_save
 from .schemes import codes_of, is_sound, settle
 
@@ -101,9 +101,8 @@ class RouterCalibrationModifier(Modifier):
         """Tune, judge, and store what is better."""
         model = state.model
         with eval_context(model), _quantization_off(model):
-            for module in _quantized(model).values():
-                if not is_sound(module):
-                    settle(module)
+            for module in [module for module in _quantized(model).values() if not is_sound(module)]:
+                settle(module)
             self._calibrate(model, describe(model))
         self._lessons = self._outputs = None
         if self._folder is not None:
@@ -135,7 +134,7 @@ class RouterCalibrationModifier(Modifier):
         if after < before:
             for tensor in tensors.values():
                 for name, value in tensor.settled().items():
-                    update_offload_parameter(tensor.module, name, value)
+                    store(tensor.module, name, value)
 
     def _tensors(self, model: nn.Module, moe: MoEModel) -> dict[str, SmallTensor]:
         """What learns, by module name."""

@@ -10,12 +10,12 @@ from compressed_tensors.quantization import (
     initialize_module_for_quantization,
 )
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
-from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.observers import Observer
 
 from ..checkpoint.ternary_packed import ternary_codes
 from ..errors import MoeCollabError
 from ..formats import TERNARY, TERNARY_PACKED, Scheme, unpack, unpack_ternary
+from .distributed import store
 
 __all__ = [
     "attach_scheme",
@@ -92,10 +92,10 @@ def round_in_place(module: torch.nn.Linear, weight: torch.Tensor) -> None:
     """Round `weight` to nearest into `module`, whose scheme is attached: weight, scales and zero points."""
     arguments = module.quantization_scheme.weights
     scale, zero_point = _search(weight, arguments)
-    update_offload_parameter(module, "weight", fake_quantize(weight, scale, zero_point, arguments))
-    update_offload_parameter(module, "weight_scale", scale)
+    store(module, "weight", fake_quantize(weight, scale, zero_point, arguments))
+    store(module, "weight_scale", scale)
     if zero_point is not None and hasattr(module, "weight_zero_point"):
-        update_offload_parameter(module, "weight_zero_point", zero_point.to(module.weight_zero_point.dtype))
+        store(module, "weight_zero_point", zero_point.to(module.weight_zero_point.dtype))
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def settle(module: torch.nn.Linear) -> None:
     """Round the weight onto the grid of its scales, as quantizers to nearest leave it to compression to do."""
     zero_point = getattr(module, "weight_zero_point", None)
     settled = fake_quantize(module.weight, module.weight_scale, zero_point, module.quantization_scheme.weights)
-    update_offload_parameter(module, "weight", settled)
+    store(module, "weight", settled)
 
 
 @torch.no_grad()

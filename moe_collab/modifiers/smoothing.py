@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.modeling.offset_norm import NormCalibrationModule
 from torch import nn
 
 from ..architectures import MoELayer, MoEModel
 from ..errors import MoeCollabError
+from .distributed import store
 
 __all__ = [
     "Rescaling",
@@ -43,7 +43,7 @@ class Rescaling:
         """Multiply, under offload too."""
         value = getattr(self.module, self.parameter)
         factor = self.factor.to(value) if isinstance(self.factor, torch.Tensor) else self.factor
-        update_offload_parameter(self.module, self.parameter, value * factor)
+        store(self.module, self.parameter, value * factor)
 
 
 def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:
