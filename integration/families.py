@@ -171,7 +171,7 @@ def _first_error(text: str) -> str:
     """What went wrong at first, of a log or a message; wrappers of other errors come last."""
     lines = [line for line in text.strip().splitlines() if "WARNING" not in line]
     named = [found[0] for line in lines if (found := re.search(r"\w+Error: .+", line))]
-    own = [error for error in named if not error.startswith(("CalledProcessError", "RuntimeError"))]
+    own = [error for error in named if not error.startswith(("CalledProcessError", "EngineDeadError", "RuntimeError"))]
     return (own or named or lines or ["no message"])[0]
 
 

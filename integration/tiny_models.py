@@ -93,6 +93,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 32,
         "rotary_dim": 32,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
         "num_local_experts": 8,
     },
     "gpt_oss": {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8},

@@ -79,11 +79,15 @@ class MoeCollabConfig(CompressedTensorsConfig):
         self._add_fused_moe_to_target_scheme_map()
         projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         experts = range(layer.moe_config.num_logical_experts)
-        found = [[self._stored(layer, f"{prefix}.{expert}.{p}") for p in projections] for expert in experts]
+        # vLLM's MiniMax-M2 passes `mlp` for what the checkpoint, and its own module, call `block_sparse_moe`.
+        for place in (prefix, prefix.replace(".mlp.", ".block_sparse_moe.")):
+            found = [[self._stored(layer, f"{place}.{expert}.{p}") for p in projections] for expert in experts]
+            if any(any(schemes) for schemes in found):
+                break
         # Where a selection bias can mask experts, those that neither a target nor `ignore` names are absent.
         masks = layer.e_score_correction_bias is not None and any(any(schemes) for schemes in found)
         unnamed = PRUNED if masks else DENSE
-        return ExpertSchemes(prefix, projections, [tuple(s or unnamed for s in schemes) for schemes in found])
+        return ExpertSchemes(place, projections, [tuple(s or unnamed for s in schemes) for schemes in found])
 
     def _stored(self, layer: RoutedExperts, name: str) -> Scheme | None:
         """How an expert's matrix is stored; None if neither a target nor `ignore` names it."""
