@@ -67,7 +67,7 @@ bench-allocation: .venv/compress/.ready
 bench-pruning: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.benchmarks.pruning
 
-# What works for each family, on tiny random models: about 15 minutes. Writes the table in README.md too.
+# What works for each family, on tiny random models: half an hour. Writes the table in README.md too.
 bench-families: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.families --serve-python $(SERVE)/python
 
