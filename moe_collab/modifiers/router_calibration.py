@@ -25,7 +25,7 @@ from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
 from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach, texts
 from ..errors import MoeCollabError
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk
-from .distributed import store
+from .distributed import agreed, store
 from .saving import install_save
 from .schemes import codes_of, is_sound, settle
 
@@ -131,7 +131,7 @@ class RouterCalibrationModifier(Modifier):
             after,
             "" if after < before else "; nothing is changed",
         )
-        if after < before:
+        if agreed(after < before):
             for tensor in tensors.values():
                 for name, value in tensor.settled().items():
                     store(tensor.module, name, value)
