@@ -15,6 +15,15 @@ from .conftest import recipe, run
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes: sums over other shares of the work differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_two_processes_give_the_plan_of_one(family, tiny, tmp_path):
     def modifiers(folder):
