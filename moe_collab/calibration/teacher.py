@@ -64,14 +64,14 @@ def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
     known, unseen = held_out(batches)
     lessons = Lessons(recite(model, known), recite(model, unseen), head_of(model))
     size = sum(lesson.inputs.nbytes for lesson in lessons.known)
-    lessons.known.extend(recite(model, texts(model, known, min(_TEXTS, _BYTES // size - 1))))
+    lessons.known.extend(recite(model, texts(model, known, _BYTES // size - 1)))
     return lessons
 
 
-def texts(model: Any, batches: Sequence[Batch], each: int = _TEXTS) -> list[Batch]:
-    """What `model` writes, `each` times going on from where each sequence of `batches` begins, and as long as it."""
+def texts(model: Any, batches: Sequence[Batch], most: int = 1 << 30) -> list[Batch]:
+    """What `model` writes, going on from where each sequence of `batches` begins, as long as it, `most` times at most."""
     generator = torch.Generator().manual_seed(0)
-    return [text for _ in range(each) for text in _written(model, batches, generator)]
+    return [text for _ in range(min(most, _TEXTS)) for text in _written(model, batches, generator)]
 
 
 @torch.no_grad()
