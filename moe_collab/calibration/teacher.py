@@ -69,7 +69,7 @@ def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
 
 
 def texts(model: Any, batches: Sequence[Batch], most: int = 1 << 30) -> list[Batch]:
-    """What `model` writes, going on from where each sequence of `batches` begins, as long as it, `most` times at most."""
+    """What `model` writes, at most `most` times going on from where each of `batches` begins, and as long as it."""
     generator = torch.Generator().manual_seed(0)
     return [text for _ in range(min(most, _TEXTS)) for text in _written(model, batches, generator)]
 
