@@ -20,11 +20,6 @@ from .conftest import load, recipe, run, samples
 PRUNE = {"ExpertPruningModifier": {"retention": 0.75, "criterion": "importance"}}
 
 
-@pytest.fixture(autouse=True)
-def fewer_texts(monkeypatch):
-    monkeypatch.setattr("moe_collab.calibration.teacher._TEXTS", 1)
-
-
 def settle(**fields):
     return {"RouterCalibrationModifier": {"steps": 20, **fields}}
 
