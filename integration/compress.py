@@ -22,6 +22,7 @@ __all__ = [
     "expert_bpw",
     "log_warnings_only",
     "mixed_recipe",
+    "recipe",
     "run_oneshot",
     "tokens",
     "uniform_recipe",
@@ -49,6 +50,12 @@ def calibration(rows: int | None = None, batch_size: int = 8, model: Path = FIXT
     return DataLoader(samples, batch_size=batch_size)
 
 
+def recipe(*modifiers: dict) -> str:
+    """A YAML recipe that runs `modifiers` ({class name: fields} each) in order, each in a group of its own."""
+    groups = {f"step{position}_modifiers": modifier for position, modifier in enumerate(modifiers)}
+    return yaml.safe_dump({"compress_stage": groups}, sort_keys=False)
+
+
 def uniform_recipe(num_bits: int, group_size: int) -> str:
     """Stock GPTQ on the routed experts: asymmetric, MSE-searched scales, static activation order."""
     return f"""
@@ -67,11 +74,8 @@ uniform_stage:
 def mixed_recipe(tuning_steps: int = 0, **fields) -> str:
     """Ours with every option there is; `fields` of MixedBitAllocModifier such as `budget`, `plan` and `costs`."""
     allocate = {"bits": ["ternary", 2, 3, 4, 5, 6, 8], "group_size": [32, 64, 128]} | fields
-    stage = {
-        "alloc_modifiers": {"MixedBitAllocModifier": allocate},
-        "quant_modifiers": {"FisherGPTQModifier": {"ignore": ["lm_head"], "tuning_steps": tuning_steps}},
-    }
-    return yaml.safe_dump({"mixed_stage": stage}, sort_keys=False)
+    quantize = {"ignore": ["lm_head"], "tuning_steps": tuning_steps}
+    return recipe({"MixedBitAllocModifier": allocate}, {"FisherGPTQModifier": quantize})
 
 
 def run_oneshot(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from moe_collab.checkpoint.load import write_dense_twin
 from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.plan import CompressionPlan
 
-from .compress import checkpoint_size, log_warnings_only, run_oneshot
+from .compress import checkpoint_size, log_warnings_only, recipe, run_oneshot
 from .served import MLA, TOLERANCE, assert_equal, generate, generate_with_transformers
 from .tiny_models import TINY_FAMILIES, build_tiny, model_class
 
@@ -73,12 +72,11 @@ def check(family: str, folder: Path) -> tuple[Row, Path]:
 
 
 def _recipe(plan: Path) -> str:
-    modifiers: list[dict[str, dict[str, Any]]] = [
+    return recipe(
         {"ExpertPruningModifier": {"retention": 0.75}},
         {"MixedBitAllocModifier": {"bpw": 4.0, "bits": [2, 3, 4, 8], "group_size": 32, "plan": str(plan)}},
         {"GPTQModifier": {"ignore": ["lm_head"]}},
-    ]
-    return yaml.safe_dump({"family_stage": {f"m{i}_modifiers": m for i, m in enumerate(modifiers)}}, sort_keys=False)
+    )
 
 
 def _samples() -> DataLoader:

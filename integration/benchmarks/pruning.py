@@ -30,7 +30,7 @@ from moe_collab.evaluation import evaluate
 from moe_collab.modifiers.compat import keep_attention_causal
 from moe_collab.pruning import CRITERIA
 
-from ..compress import calibration, log_warnings_only, run_oneshot, uniform_recipe
+from ..compress import calibration, log_warnings_only, recipe, run_oneshot, uniform_recipe
 from .rows import Rows, standard_error
 from .trained import TrainedModel
 
@@ -64,7 +64,7 @@ class Bench:
 
     def _from_disk(self, modifiers: tuple[dict, ...], data: DataLoader | None) -> dict[str, Any]:
         path = self.folder / "checkpoint"
-        run_oneshot(_recipe(*modifiers), path, self.model.source, data=data)
+        run_oneshot(recipe(*modifiers), path, self.model.source, data=data)
         return self._row(self.model.from_disk(path))
 
     def _row(self, found: Any) -> dict[str, Any]:
@@ -80,8 +80,8 @@ class Bench:
             with stock_conversions(), load_context():
                 model = AutoModelForCausalLM.from_pretrained(self.model.source, dtype="auto")
             keep_attention_causal(model)
-            recipe = _recipe({"REAPPruningModifier": {"sparsity": 1 - retention}})
-            oneshot(model=model, recipe=recipe, dataset=data or calibration(model=self.model.source))
+            prune = recipe({"REAPPruningModifier": {"sparsity": 1 - retention}})
+            oneshot(model=model, recipe=prune, dataset=data or calibration(model=self.model.source))
             with float32_weights(model):
                 return self._row(evaluate(model.eval(), self.model.test, self.model.base))
 
@@ -141,11 +141,6 @@ class Bench:
 
 def _prune(retention: float, criterion: str = DEFAULT, **fields: Any) -> dict[str, Any]:
     return {"ExpertPruningModifier": {"retention": retention, "criterion": criterion, **fields}}
-
-
-def _recipe(*modifiers: dict) -> str:
-    stage = {f"step{position}_modifiers": modifier for position, modifier in enumerate(modifiers)}
-    return yaml.safe_dump({"bench_stage": stage}, sort_keys=False)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "masked_routers",
     "mean_kl",
     "predict",
+    "predicted",
     "replaced_forward",
     "replaced_weights",
 ]
@@ -164,13 +165,17 @@ def log_probabilities(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
     return predict(model, batch)[1].float().log_softmax(-1)
 
 
+def predicted(batch: Mapping[str, torch.Tensor]) -> Any:
+    """What picks, of all positions but the last [rows, length - 1], those followed by a token that is no padding."""
+    return batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
+
+
 @torch.no_grad()
 def mean_kl(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], base: Iterable[torch.Tensor]) -> float:
     """KL(base || model) in nats per token, `base` being the log-probabilities of each batch."""
     total, count = 0.0, 0
     for batch, reference in zip(batches, base, strict=True):
         found = log_probabilities(model, batch)
-        mask = batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
-        divergence = (reference.float().exp() * (reference.float() - found)).sum(-1)[mask]
+        divergence = (reference.float().exp() * (reference.float() - found)).sum(-1)[predicted(batch)]
         total, count = total + float(divergence.sum()), count + divergence.numel()
     return total / max(count, 1)

@@ -167,7 +167,7 @@ class _Calls(NamedTuple):
     def of(self, name: str, block: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """`block` as the model calls it for each batch, in the type that its weights have now."""
         dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
-        return [partial(_call, block, *_typed(others, dtype)) for others in self.others[name]]
+        return [partial(_call, block, dtype, *_typed(others, dtype)) for others in self.others[name]]
 
 
 @torch.no_grad()
@@ -200,8 +200,9 @@ def _typed(value: Any, dtype: torch.dtype) -> Any:
     return {name: _typed(item, dtype) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _call(block: nn.Module, rest: tuple, named: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
-    dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
+def _call(
+    block: nn.Module, dtype: torch.dtype, rest: tuple, named: dict[str, Any], hidden: torch.Tensor
+) -> torch.Tensor:
     output = block(hidden.to(dtype), *rest, **named)
     return output[0] if isinstance(output, tuple) else output
 

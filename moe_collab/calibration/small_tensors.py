@@ -29,7 +29,7 @@ class SmallTensor(Protocol):
         ...
 
 
-def original(module: nn.Module) -> torch.Tensor:
+def _original(module: nn.Module) -> torch.Tensor:
     """The weight itself, though another may stand in its place; onloaded if it is offloaded."""
     weight = module._parameters["weight"]
     assert weight is not None
@@ -40,8 +40,8 @@ class Whole:
     """A weight that learns as a whole: a router's, a norm's. Its steps are relative to its root mean square."""
 
     def __init__(self, module: nn.Module, pace: float) -> None:
-        self.module, self._dtype = module, original(module).dtype
-        self.learned = nn.Parameter(original(module).float().clone())
+        self.module, self._dtype = module, _original(module).dtype
+        self.learned = nn.Parameter(_original(module).float().clone())
         # Some norms store what they add to one, which may be nothing at all.
         self.pace = pace * max(float(self.learned.detach().square().mean().sqrt()), 0.1)
 
@@ -58,12 +58,12 @@ class Factors:
     """A Linear that learns factors [rows, groups] of its weights: a gain per output channel, or one for every scale."""
 
     def __init__(self, module: nn.Linear, groups: int, pace: float) -> None:
-        self.module, self.pace, self._dtype = module, pace, original(module).dtype
+        self.module, self.pace, self._dtype = module, pace, _original(module).dtype
         self.learned = nn.Parameter(torch.ones(module.out_features, groups))
 
     def weight(self) -> torch.Tensor:
         """As `SmallTensor.weight`."""
-        weight = original(self.module).float()
+        weight = _original(self.module).float()
         return (weight.reshape(*self.learned.shape, -1) * self.learned[..., None]).reshape_as(weight)
 
     def settled(self) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def _weights(weights: dict[nn.Module, Callable[[], torch.Tensor]]) -> Iterator[N
 def _shadow(weight: Callable[[], torch.Tensor]) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, _args: Any) -> None:
         # An instance attribute goes before the parameter of the same name, which it leaves alone.
-        module.__dict__["weight"] = weight().to(original(module).dtype)
+        module.__dict__["weight"] = weight().to(_original(module).dtype)
 
     return hook
 

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, linear
 
 from ..architectures import logits_scaling
 from ..errors import MoeCollabError
-from .live import decoder_of, float32_weights, held_out, log_probabilities, mean_kl, predict
+from .live import decoder_of, float32_weights, held_out, log_probabilities, mean_kl, predict, predicted
 
 __all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach", "texts"]
 
@@ -64,14 +64,14 @@ def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
     known, unseen = held_out(batches)
     lessons = Lessons(recite(model, known), recite(model, unseen), head_of(model))
     size = sum(lesson.inputs.nbytes for lesson in lessons.known)
-    lessons.known.extend(recite(model, texts(model, known, _BYTES // size - 1)))
+    lessons.known.extend(recite(model, texts(model, known, _BYTES // max(size, 1) - 1)))
     return lessons
 
 
 def texts(model: Any, batches: Sequence[Batch], most: int = 1 << 30) -> list[Batch]:
     """What `model` writes, at most `most` times going on from where each of `batches` begins, and as long as it."""
-    generator = torch.Generator().manual_seed(0)
-    return [text for _ in range(min(most, _TEXTS)) for text in _written(model, batches, generator)]
+    generator, head = torch.Generator().manual_seed(0), head_of(model)
+    return [text for _ in range(min(most, _TEXTS)) for text in _written(model, head, batches, generator)]
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def head_of(model: Any) -> Head:
         return Head(head.weight.clone(), None if head.bias is None else head.bias.clone())
 
 
-def _written(model: Any, batches: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
+def _written(model: Any, head: Head, batches: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
     """One text for each sequence, without padding; for sequences mostly of padding none."""
     prompts: dict[int, list[torch.Tensor]] = defaultdict(list)
     for batch in batches:
@@ -106,16 +106,15 @@ def _written(model: Any, batches: Sequence[Batch], generator: torch.Generator) -
     written, rows = [], len(batches[0]["input_ids"])
     for length, starts in prompts.items():
         for together in torch.stack(starts).split(max(1, _TOGETHER // length)):
-            written += _continued(model, together, length, generator).split(rows)
+            written += _continued(model, head, together, length, generator).split(rows)
     return [{"input_ids": text} for text in written]
 
 
 @torch.no_grad()
-def _continued(model: Any, ids: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+def _continued(model: Any, head: Head, ids: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
     """`ids` [rows, start], continued to [rows, length] by tokens drawn from the model's predictions."""
     fresh, cache = ids, None
     with float32_weights(model):
-        head = head_of(model)
         while ids.shape[1] < length:
             output = decoder_of(model)(input_ids=fresh, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
@@ -127,8 +126,7 @@ def _continued(model: Any, ids: torch.Tensor, length: int, generator: torch.Gene
 
 def divergence(model: Any, head: Head, lesson: Lesson) -> tuple[torch.Tensor, int]:
     """(KL(lesson || model) in nats per token times rows, rows); gradients flow."""
-    found, mask = log_probabilities(model, lesson.batch), lesson.batch.get("attention_mask")
-    chosen = slice(None) if mask is None else mask[:, 1:].bool()
+    found, chosen = log_probabilities(model, lesson.batch), predicted(lesson.batch)
     target = head(lesson.inputs[chosen])
     loss = kl_div(found[chosen].flatten(0, -2), target.flatten(0, -2), reduction="batchmean", log_target=True)
     return loss * len(found), len(found)

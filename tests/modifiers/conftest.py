@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import yaml
 from llmcompressor import oneshot
 from llmcompressor.utils import load_context
 from loguru import logger
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import moe_collab  # noqa: F401  (registers the modifiers)
+from integration.compress import recipe
 from integration.tiny_models import build_tiny
 
 QUANTIZE = {"GPTQModifier": {"ignore": ["lm_head"]}}
@@ -45,11 +45,6 @@ def samples(count: int = 16, length: int = 32) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 250, (length,), generator=generator) for _ in range(count)]
     return DataLoader([{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows], batch_size=4)
-
-
-def recipe(*modifiers: dict) -> str:
-    """A YAML recipe with one stage and one group a modifier, in order."""
-    return yaml.safe_dump({"test_stage": {f"m{i}_modifiers": m for i, m in enumerate(modifiers)}}, sort_keys=False)
 
 
 def run(model, *modifiers: dict, output=None, data=None, **options):

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
-from integration.compress import FIXTURE, calibration, tokens
+from integration.compress import FIXTURE, calibration, recipe, tokens
 from moe_collab import MoeCollabError
 from moe_collab.architectures import describe
 from moe_collab.calibration import log_probabilities, mean_kl
@@ -24,7 +24,7 @@ from moe_collab.modifiers.schemes import rounded, weight_arguments
 from moe_collab.modifiers.smoothing import multiplies_by_weight
 from moe_collab.modifiers.surgery import set_top_k
 
-from .conftest import load, recipe, run, samples
+from .conftest import load, run, samples
 
 IDS = torch.arange(48)[None] * 5
 

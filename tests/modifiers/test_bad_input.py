@@ -6,9 +6,10 @@ import pytest
 import torch
 from llmcompressor.recipe import Recipe
 
+from integration.compress import recipe
 from moe_collab import MoeCollabError
 
-from .conftest import QUANTIZE, load, recipe, run, samples
+from .conftest import QUANTIZE, load, run, samples
 
 ALLOCATE = {"bpw": 4.0, "group_size": 32}
 

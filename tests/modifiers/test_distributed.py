@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import recipe, run
+from integration.compress import recipe
+
+from .conftest import run
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 

@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import moe_collab
-from integration.compress import FIXTURE, run_oneshot, tokens, uniform_recipe
+from integration.compress import FIXTURE, recipe, run_oneshot, tokens, uniform_recipe
 from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.errors import MoeCollabError
 from moe_collab.evaluation import evaluate, log_probabilities
 from moe_collab.modifiers import router_calibration as module
 
-from .conftest import load, recipe, run, samples
+from .conftest import load, run, samples
 
 PRUNE = {"ExpertPruningModifier": {"retention": 0.75, "criterion": "importance"}}
 
