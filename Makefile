@@ -5,7 +5,7 @@ SERVE := .venv/serve/bin
 SHELL := /bin/bash
 KERNELS := moe_collab/kernels/cpu/_C.so
 
-.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-allocation bench-pruning bench-families fixture environments clean
+.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-allocation bench-pruning bench-families fixture environments clean
 
 demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
@@ -39,6 +39,7 @@ test-compress: .venv/compress/.ready $(KERNELS)
 
 test-serve: .venv/serve/.ready $(KERNELS)
 	$(SERVE)/python -m pytest tests --ignore tests/modifiers --ignore tests/integration
+	TRITON_INTERPRET=1 $(SERVE)/python -m pytest tests/kernels/test_triton.py
 
 # The kernels' tests with every access checked: a copy of the package, so that the installed library stays as it is.
 test-asan: .venv/serve/.ready
@@ -58,6 +59,10 @@ bench-cpu: environments .venv/serve/.bench $(KERNELS)
 	$(SERVE)/python -m integration.benchmarks.cpu
 	$(SERVE)/python -m integration.benchmarks.model
 	$(COMPRESS)/python -m integration.benchmarks.plot build/bench
+
+# Compiles the GPU kernels for GPUs that need not be here: four minutes.
+bench-triton-aot: .venv/serve/.ready
+	$(SERVE)/python -m integration.benchmarks.triton_aot
 
 # Resumes where an earlier run was cut off; `rm -r build/bench/allocation` starts anew.
 bench-allocation: .venv/compress/.ready

@@ -48,20 +48,23 @@ class Cut:
 
 
 class Arena:
-    """Codes, scales and zero points of `specs`, one after the other, and their table int64 [len(specs), 7]."""
+    """Codes, scales and zero points of `specs`, one after the other, and their table int64 [len(specs), 7].
 
-    def __init__(self, specs: Sequence[TensorSpec], layout: Layout) -> None:
-        self.specs = list(specs)
-        self.table = torch.zeros(len(specs), len(Field), dtype=torch.int64)
+    The table stays in host memory, where it is read as weights are written to `device`.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], layout: Layout, device: torch.device | str = "cpu") -> None:
+        self.specs, self.device = list(specs), torch.device(device)
+        self.table = torch.zeros(len(specs), len(Field), dtype=torch.int64, device="cpu")
         scales = zeros = 0
         for row, spec in zip(self.table, self.specs, strict=True):
             zero = zeros if spec.is_packed and not spec.symmetric else -1
-            row.copy_(torch.tensor([0, spec.group_size, 0, scales, zero, spec.rows, spec.columns]))
+            row.copy_(torch.tensor([0, spec.group_size, 0, scales, zero, spec.rows, spec.columns], device="cpu"))
             scales += layout.num_scales(spec)
             zeros += layout.num_scales(spec) if zero >= 0 else 0
         self.use(layout)
-        self.scales = torch.zeros(scales, dtype=layout.scales_dtype)
-        self.zero_points = torch.zeros(zeros, dtype=torch.int8)
+        self.scales = torch.zeros(scales, dtype=layout.scales_dtype, device=self.device)
+        self.zero_points = torch.zeros(zeros, dtype=torch.int8, device=self.device)
 
     def use(self, layout: Layout) -> None:
         """Make room for the codes as `layout` stores them, in place of what there was."""
@@ -70,7 +73,7 @@ class Arena:
         for row, spec in zip(self.table, self.specs, strict=True):
             row[Field.NUM_BITS], row[Field.CODES] = layout.stored_bits(spec), codes
             codes += layout.num_codes(spec)
-        self.codes = allocate(codes, layout.codes_dtype)
+        self.codes = allocate(codes, layout.codes_dtype, self.device)
 
     def write_codes(self, index: int, packed: torch.Tensor, cut: Cut | None = None) -> None:
         """Store the codes (or the bfloat16 weight) of weight `index`. Raises `MoeCollabError` if they do not fit."""
@@ -96,16 +99,14 @@ class Arena:
         buffer[start : start + arranged.numel()] = arranged.to(buffer.dtype)
 
 
-def allocate(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeroed memory that takes space only as it is written, in huge pages where the system gives them.
+def allocate(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Zeroed memory; the host's takes space only as it is written, in huge pages where the system gives them.
 
     Kernels stream through it: with pages of 4 KiB address translation costs several percent.
     """
     size = count * dtype.itemsize
-    if size < _HUGE_PAGE:
-        return torch.zeros(count, dtype=dtype)
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(count, dtype=dtype)
+    if size < _HUGE_PAGE or torch.device(device).type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(count, dtype=dtype, device=device)
     # Private, because shared memory gets no huge pages.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)

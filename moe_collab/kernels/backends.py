@@ -1,9 +1,9 @@
-"""Which implementation serves: the C++ kernels on x86, the torch reference anywhere."""
+"""Which implementation serves: Triton on GPUs, the C++ kernels on x86, the torch reference anywhere."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,23 +12,28 @@ from loguru import logger
 
 from ..errors import MoeCollabError
 from ..formats import TERNARY
-from . import cpu, reference
+from . import cpu, reference, triton
 from .arena import Arena, Layout
 from .cpu.tuning import tune
 from .cpu.widening import widen_ternary
+from .descriptors import TensorSpec
 from .plain import PLAIN
 
 __all__ = ["Backend", "activation_bits", "backend"]
 
 
+Op = Callable[..., torch.Tensor]
+_NAMES = ("auto", "triton", "cpu", "reference")
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A layout and the ops that read it, with the schemas of `reference`."""
+    """A layout, and what gives the op with `reference`'s arguments for a layer whose arena holds certain specs."""
 
     name: str
     layout: Layout
-    fused_experts: Callable[..., torch.Tensor]
-    linear: Callable[..., torch.Tensor]
+    fused_experts: Callable[[Sequence[TensorSpec]], Op]
+    linear: Callable[[Sequence[TensorSpec]], Op]
     tune: Callable[[Arena], object] = lambda arena: None
     """Measure, once, what the kernels' speed depends on."""
     widen_ternary: Callable[[Arena, int], bool] = lambda arena, keep_free: False
@@ -38,27 +43,39 @@ class Backend:
 
 @cache
 def backend() -> Backend:
-    """The one `MOE_COLLAB_BACKEND` names: "cpu", "reference", or by default the fastest that runs here.
+    """The one `MOE_COLLAB_BACKEND` names: "triton", "cpu", "reference", or by default the fastest that runs here.
 
     Falls back to the reference with one warning that says why and what to do. Raises `MoeCollabError` for a backend
     that is asked for by name and does not run.
     """
     wanted = os.environ.get("MOE_COLLAB_BACKEND", "auto")
-    if wanted not in ("auto", "cpu", "reference"):
-        raise MoeCollabError(f"MOE_COLLAB_BACKEND: {wanted!r} is none of auto, cpu, reference.")
-    if wanted != "reference":
+    if wanted not in _NAMES:
+        raise MoeCollabError(f"MOE_COLLAB_BACKEND: {wanted!r} is none of {', '.join(_NAMES)}.")
+    if wanted == "auto":
+        wanted = "triton" if torch.cuda.is_available() else "cpu"
         try:
-            cpu.load()
+            return _make(wanted)
         except MoeCollabError as error:
-            if wanted == "cpu":
-                raise
             logger.warning(f"moe_collab: serving with the torch reference, many times slower, because {error}")
-        else:
-            ops = torch.ops.moe_collab
-            name = f"cpu ({cpu.configure()})"
-            layout = cpu.TileLayout(ternary_bits=TERNARY)
-            return Backend(name, layout, ops.fused_experts_cpu, ops.linear_cpu, tune, widen_ternary)
-    return Backend("torch reference", PLAIN, reference.fused_experts, reference.linear, is_fast=False)
+            wanted = "reference"
+    return _make(wanted)
+
+
+def _make(name: str) -> Backend:
+    """Raises `MoeCollabError` if it does not run here."""
+    if name == "triton":
+        return Backend(f"triton ({triton.check()})", triton.FieldLayout(), triton.fused_experts, triton.linear)
+    if name == "cpu":
+        layout = cpu.TileLayout(ternary_bits=TERNARY)
+        ops = torch.ops.moe_collab
+        experts, linear = _always(ops.fused_experts_cpu), _always(ops.linear_cpu)
+        return Backend(f"cpu ({cpu.configure()})", layout, experts, linear, tune, widen_ternary)
+    experts, linear = _always(reference.fused_experts), _always(reference.linear)
+    return Backend("torch reference", PLAIN, experts, linear, is_fast=False)
+
+
+def _always(op: Op) -> Callable[[Sequence[TensorSpec]], Op]:
+    return lambda specs: op
 
 
 @cache

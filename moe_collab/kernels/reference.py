@@ -11,7 +11,7 @@ from ..formats import TERNARY, dequantize, ternary_width, unpack, unpack_ternary
 from .descriptors import Field
 from .plain import row_words
 
-__all__ = ["dequantize_weight", "fused_experts", "linear"]
+__all__ = ["check_experts", "dequantize_weight", "fused_experts", "linear"]
 
 _Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -71,7 +71,7 @@ def fused_experts(
     bits add nothing. `activation_bits` 16 or 8: what backends that multiply integers round activations to; this one
     does not. Raises `MoeCollabError` naming the argument.
     """
-    _check(x, topk_weights, topk_ids, codes, table, activation)
+    check_experts(x, topk_weights, topk_ids, codes, table, activation)
     ids = topk_ids.long()
     local = ids if expert_map is None else torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)].long())
     descriptors = table.tolist()
@@ -129,7 +129,7 @@ def _(x, codes, scales, zero_points, table, bias, activation_bits, num_rows):  #
     return x.new_empty(x.shape[0], num_rows)
 
 
-def _check(
+def check_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -137,6 +137,7 @@ def _check(
     table: torch.Tensor,
     activation: str,
 ) -> None:
+    """Raise `MoeCollabError` naming the argument of `fused_experts` that cannot be right."""
     if activation not in _ACTIVATIONS:
         raise MoeCollabError(f"activation: {activation!r} is not served; known are {sorted(_ACTIVATIONS)}.")
     if x.ndim != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:

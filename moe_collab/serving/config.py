@@ -49,13 +49,16 @@ class MoeCollabConfig(CompressedTensorsConfig):
         return NAME if user_quant == NAME or ours else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Our methods for routed experts, for ternary and, on CPUs, for linear layers in packed integers.
+        """Our methods for routed experts, for ternary and for linear layers that stock vLLM cannot or not well serve.
 
-        Else the parent's: stock vLLM has only a 4-bit linear kernel for CPUs, if any: slower than ours but faster than
-        the reference.
+        Of linear layers in packed integers stock vLLM has, for CPUs, only a 4-bit kernel, if any: slower than ours but
+        faster than the reference; for GPUs, kernels for 4 and 8 bits, alike in all parts fused into one. On GPUs it
+        also keeps experts that are alike in a way it knows: its kernels for them are tuned for years.
         """
         if isinstance(layer, RoutedExperts):
-            return MixedBitMoEMethod(layer.moe_config, self._expert_schemes(layer, prefix))
+            schemes = self._expert_schemes(layer, prefix)
+            if current_platform.is_cpu() or not _is_stock(schemes):
+                return MixedBitMoEMethod(layer.moe_config, schemes)
         if type(layer) in SERVED:
             names = self._parts(prefix)
             schemes = [self._scheme(layer, name) for name in names]
@@ -104,4 +107,14 @@ def _serves_linear(parts: list[dict[str, Any] | None]) -> bool:
         return False
     if any(part and part["format"] == TERNARY_PACKED for part in parts):
         return True
-    return current_platform.is_cpu() and (bits != {4} or backend().is_fast or not has_stock_int4())
+    if not current_platform.is_cpu():
+        return not bits <= {4, 8} or any(part != parts[0] for part in parts)
+    return bits != {4} or backend().is_fast or not has_stock_int4()
+
+
+def _is_stock(experts: ExpertSchemes) -> bool:
+    """Whether stock vLLM has a GPU kernel for a layer of these experts: all unquantized, or alike in 4 or 8 bits."""
+    first = experts.table[0][0]
+    if any(scheme != first for schemes in experts.table for scheme in schemes):
+        return False
+    return first == DENSE or (first.num_bits in (4, 8) and first.symmetric and first.group_size in (-1, 32, 64, 128))

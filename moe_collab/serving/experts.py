@@ -50,8 +50,8 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, schemes: ExpertSchemes) -> None:
         super().__init__(moe)
         self.schemes = schemes
-        # Looked up here: torch.compile does not trace the look-up.
-        self._fused_experts, self._activation_bits = backend().fused_experts, activation_bits()
+        # Looked up here, as the op below is: torch.compile does not trace the look-up.
+        self._activation_bits = activation_bits()
         kv_cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes
         self._keep_free = (_USUAL_KV_CACHE if kv_cache is None else kv_cache) + _WORKING_MEMORY
 
@@ -121,6 +121,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         backend().tune(self._arena)
         self._arena.register(layer)
         layer.arena_table = layer.arena_table.view(-1, 3, layer.arena_table.shape[1])
+        self._fused_experts = backend().fused_experts(self._arena.specs)
         bits = sorted({spec.num_bits for spec in self._arena.specs})
         del self._arena
         for name in self._placeholders:

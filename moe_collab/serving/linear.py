@@ -46,8 +46,8 @@ class MixedBitLinearMethod(LinearMethodBase):
 
     def __init__(self, names: list[str], schemes: list[Scheme]) -> None:
         self.names, self.schemes = names, schemes
-        # Looked up here: torch.compile does not trace the look-up.
-        self._linear, self._activation_bits = backend().linear, activation_bits()
+        # Looked up here, as the op below is: torch.compile does not trace the look-up.
+        self._activation_bits = activation_bits()
 
     def create_weights(
         self,
@@ -93,6 +93,7 @@ class MixedBitLinearMethod(LinearMethodBase):
         """Refuse a checkpoint that lacks a tensor; drop the placeholders."""
         self._arena.check(self.names[0])
         self._arena.register(layer)
+        self._linear = backend().linear(self._arena.specs)
         del self._arena
         for kind in KINDS:
             delattr(layer, kind)

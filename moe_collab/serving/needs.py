@@ -22,8 +22,8 @@ def needs_this_package(
 
     It has none for experts that differ within a layer, and none for experts in packed integers other than 4 and 8
     bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
-    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone, and not everywhere.
-    It knows no ternary.
+    (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone, and not everywhere;
+    on GPUs, for 4 and 8 bits. It knows no ternary.
     """
     groups = list(quantization.get("config_groups", {}).values())
     targets = [target for group in groups for target in group.get("targets", [])]
@@ -45,7 +45,7 @@ def needs_this_package(
                 others.add(weights["num_bits"])
     for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
         schemes[layer].add((16,))
-    if current_platform.is_cpu() and others - ({4} if has_stock_int4() else set()):
+    if others - ({4, 8} if not current_platform.is_cpu() else {4} if has_stock_int4() else set()):
         return True
     if all(len(found) == 1 and (16,) in found for found in schemes.values()):
         return False

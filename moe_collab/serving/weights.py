@@ -69,7 +69,8 @@ class CheckpointArena(Arena):
     """
 
     def __init__(self, specs: list[TensorSpec], names: list[str], schemes: list[Scheme], biases: bool = False) -> None:
-        super().__init__(specs, backend().layout)
+        # vLLM creates weights where the default device is the one that serves.
+        super().__init__(specs, backend().layout, torch.get_default_device())
         self.names, self.schemes = names, schemes
         self._starts = list(accumulate((spec.rows for spec in specs), initial=0))
         self.bias = torch.zeros(self._starts[-1], dtype=torch.float32) if biases else None
@@ -145,7 +146,9 @@ class CheckpointArena(Arena):
     def register(self, layer: torch.nn.Module) -> None:
         """Make the arena buffers of `layer`."""
         for name in BUFFERS:
-            layer.register_buffer(f"arena_{name}", getattr(self, name), persistent=False)
+            buffer = getattr(self, name)
+            buffer = buffer if buffer is None else buffer.to(self.device)
+            layer.register_buffer(f"arena_{name}", buffer, persistent=False)
 
 
 def _needed(spec: TensorSpec, bias: bool) -> list[str]:

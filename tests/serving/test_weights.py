@@ -40,7 +40,7 @@ def test_other_schemes_are_refused_by_name(scheme):
 
 
 def test_a_group_that_straddles_ranks_is_cut(monkeypatch):
-    plain = Backend("reference", PLAIN, reference.fused_experts, reference.linear)
+    plain = Backend("reference", PLAIN, lambda specs: reference.fused_experts, lambda specs: reference.linear)
     monkeypatch.setattr("moe_collab.serving.weights.backend", lambda: plain)
     codes = torch.randint(-1, 2, (8, 192)).to(torch.int8)
     scale, scheme = torch.rand(8, 1), Scheme(TERNARY, -1)

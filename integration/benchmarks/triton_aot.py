@@ -1,0 +1,137 @@
+"""Every Triton kernel compiled ahead of time for GPUs that need not be here: registers, spills, matrix instructions.
+
+    make bench-triton-aot
+
+writes `build/bench/triton_aot.json`. Tiles are those of configs.json for decoding one token and for prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_collab.kernels.triton import kernels
+from moe_collab.kernels.triton.configs import choose, kinds_of
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1151": GPUTarget("hip", "gfx1151", 32),
+}
+MIXES = [(2,), (3,), (4,), (5,), (6,), (8,), (16,), (2, 3, 4)]
+BATCHES = {"decode": 1, "prefill": 4096}
+_UNIT = 64
+_POINTERS = {
+    "x": "bf16", "inner": "bf16", "output": "bf16", "factors": "fp32", "partial": "fp32", "scales": "bf16",
+    "zero_points": "i8", "codes": "i32", "table": "i64", "ids": "i32", "order": "i32", "block_expert": "i32",
+    "block_start": "i32", "block_end": "i32",
+}  # fmt: skip
+_MULTIPLES_OF_16 = ("hidden", "width", "columns", "num_rows", "bias_stride")
+_MATRIX = re.compile(r"mma\.sync|wgmma\.mma_async|v_wmma|v_mfma")
+
+
+def compile_kernel(target: str, kernel: str, mix: tuple[int, ...], batch: str) -> dict[str, Any]:
+    """One row: what the compiler made of a kernel for these bits."""
+    gpu, kinds = TARGETS[target], kinds_of(mix)
+    tile = choose((gpu.backend,), kinds, kernel, BATCHES[batch])
+    constants = {
+        "KINDS": kinds, "UNIT": _UNIT, "WHOLE": True, "PTX": gpu.backend == "cuda", "ROWS": tile.rows,
+        "TOKENS": tile.tokens, "SPLIT": tile.split, "PIECES": 3, "PAIRS": 8, "ON_INPUT": False, "ACTIVATION": "silu",
+        "expert_map": None, "bias": None,
+    }  # fmt: skip
+    if batch == "decode":
+        constants |= dict.fromkeys(("order", "block_expert", "block_start", "block_end"))
+    function = getattr(kernels, f"{kernel}_kernel")
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        kind = "constexpr" if name in constants else f"*{_POINTERS[name]}" if name in _POINTERS else "i32"
+        signature[name] = kind
+        if kind[0] == "*" or name in _MULTIPLES_OF_16:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    known = {(function.arg_names.index(n),): v for n, v in constants.items() if n in function.arg_names}
+    source = ASTSource(function, signature, constexprs=known, attrs=attributes)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    compiled = triton.compile(source, target=gpu, options=options)
+    row = {"target": target, "kernel": kernel, "bits": list(mix), "batch": batch, "tile": tile.model_dump()}
+    row["shared_bytes"] = compiled.metadata.shared
+    return row | (_nvidia(compiled) if gpu.backend == "cuda" else _amd(compiled))
+
+
+def _nvidia(compiled: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return {
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "matrix_instructions": len(_MATRIX.findall(compiled.asm["ptx"])),
+    }
+
+
+def _amd(compiled: Any) -> dict[str, int]:
+    text = compiled.asm["amdgcn"]
+    count = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
+    return {
+        "registers": count["vgpr_count"],
+        "spilled_bytes": 4 * count["vgpr_spill_count"] + int(re.search(r"\.sgpr_spill_count:\s*(\d+)", text)[1]) * 4,
+        "matrix_instructions": len(_MATRIX.findall(text)),
+    }
+
+
+def cases() -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """Arguments of `compile_kernel`."""
+    for target in TARGETS:
+        for kernel in ("gate_up", "down", "linear"):
+            for mix in MIXES:
+                for batch in BATCHES:
+                    yield target, kernel, mix, batch
+
+
+def main() -> None:
+    """Compile all, print a line each, write them together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
+        rows = []
+        for row in pool.map(partial(_unpacked, compile_kernel), cases()):
+            rows.append(row)
+            print(
+                f"{row['target']:8} {row['kernel']:8} {','.join(map(str, row['bits'])):6} {row['batch']:8} "
+                f"{row['registers']:4} registers {row['shared_bytes']:6} shared {row['spilled_bytes']:5} spilled "
+                f"{row['matrix_instructions']:4} matrix instructions",
+                flush=True,
+            )
+    path = options.output / "triton_aot.json"
+    path.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    spilled = sum(row["spilled_bytes"] > 0 for row in rows)
+    lacking = sum(not row["matrix_instructions"] for row in rows)
+    print(f"{path}: {len(rows)} kernels, {spilled} spill, {lacking} lack matrix instructions")
+
+
+def _unpacked(function: Any, arguments: tuple) -> Any:
+    return function(*arguments)
+
+
+if __name__ == "__main__":
+    main()

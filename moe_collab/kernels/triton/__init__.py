@@ -1,0 +1,51 @@
+"""GPU kernels in Triton, for CUDA and ROCm. Layout: `layout.py`; kernels: `kernels.py`; launches: `ops.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from ...errors import MoeCollabError
+from ..descriptors import TensorSpec
+from .configs import kinds_of
+from .layout import FieldLayout
+
+__all__ = ["FieldLayout", "check", "constants", "fused_experts", "linear"]
+
+_UNITS = (128, 64, 32, 16)
+
+
+def check() -> str:
+    """What the kernels run on. Raises `MoeCollabError` where they do not."""
+    try:
+        from .ops import INTERPRETED
+    except ImportError as error:
+        raise MoeCollabError(f"Triton cannot be imported ({error}); install it with: pip install triton") from error
+    if INTERPRETED:
+        return "interpreted"
+    if not torch.cuda.is_available():
+        raise MoeCollabError("the Triton kernels need a CUDA or ROCm device, and torch finds none.")
+    return torch.cuda.get_device_name()
+
+
+def constants(specs: Sequence[TensorSpec]) -> dict[str, int]:
+    """`kinds` and `unit` of `kernels._product` for these weights."""
+    groups = {spec.group_size for spec in specs if spec.is_packed and spec.group_size != spec.columns}
+    unit = next(unit for unit in _UNITS if all(group % unit == 0 for group in groups))
+    return {"kinds": kinds_of(map(FieldLayout().stored_bits, specs)), "unit": unit}
+
+
+def fused_experts(specs: Sequence[TensorSpec]) -> Callable[..., torch.Tensor]:
+    """`reference.fused_experts` for arenas in `FieldLayout` of `specs`: gate, up and down of each expert."""
+    from .ops import fused_experts
+
+    return partial(fused_experts, **constants(specs), width=specs[0].rows)
+
+
+def linear(specs: Sequence[TensorSpec]) -> Callable[..., torch.Tensor]:
+    """`reference.linear` for arenas in `FieldLayout` of `specs`, its pieces."""
+    from .ops import linear
+
+    return partial(linear, **constants(specs))

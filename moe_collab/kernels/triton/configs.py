@@ -1,0 +1,87 @@
+"""How large a kernel's tiles are, by device, bits and number of tokens: measured, with defaults, replaceable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+
+from ...errors import MoeCollabError
+
+__all__ = ["VARIABLE", "Config", "Configs", "choose", "kinds_of", "mix_of"]
+
+VARIABLE = "MOE_COLLAB_TRITON_CONFIGS"
+"""Environment variable: a file like configs.json, as `python -m moe_collab.kernels.tune` writes it, that goes first."""
+_ANY = "any"
+
+
+class Config(BaseModel):
+    """A program's tile of `rows` x `tokens`, powers of two, and Triton's options, for batches of `up_to` tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    up_to: int | None = None
+    rows: Literal[16, 32, 64, 128, 256]
+    tokens: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
+    split: int = Field(1, ge=1, le=64)
+    """Shares of the columns, of down alone."""
+    num_warps: Literal[1, 2, 4, 8, 16]
+    num_stages: int = Field(ge=1, le=16)
+
+
+class Configs(RootModel[dict[str, dict[str, dict[str, list[Config]]]]]):
+    """Device name, `cuda` or `hip` -> bits that occur, as `2,4`, or `any` -> kernel -> configs, fewest tokens first."""
+
+    def find(self, devices: Sequence[str], mix: str, kernel: str, tokens: int) -> Config | None:
+        """The first that applies, of the first device, for the very bits if there is one."""
+        for device, bits in product(devices, (mix, _ANY)):
+            for config in self.root.get(device, {}).get(bits, {}).get(kernel, []):
+                if config.up_to is None or tokens <= config.up_to:
+                    return config
+        return None
+
+
+def kinds_of(bits: Iterable[int]) -> int:
+    """Bit b set if weights of b bits occur."""
+    return sum(1 << b for b in set(bits) - {0})
+
+
+def mix_of(kinds: int) -> str:
+    """The bits that occur, as `2,4`."""
+    return ",".join(str(b) for b in range(17) if kinds >> b & 1)
+
+
+@cache
+def choose(devices: tuple[str, ...], kinds: int, kernel: str, tokens: int) -> Config:
+    """The config of a kernel (`gate_up`, `down`, `linear`) for a batch; `devices`: its name and `cuda` or `hip`.
+
+    Raises `MoeCollabError` for a file that cannot be read.
+    """
+    for configs in _files():
+        found = configs.find(devices, mix_of(kinds), kernel, tokens)
+        if found:
+            return found
+    raise AssertionError(f"configs.json has no default for {kernel}")
+
+
+@cache
+def _files() -> tuple[Configs, ...]:
+    own = os.environ.get(VARIABLE)
+    paths = [Path(own)] if own else []
+    return tuple(_read(path) for path in [*paths, Path(__file__).with_name("configs.json")])
+
+
+def _read(path: Path) -> Configs:
+    try:
+        return Configs.model_validate(json.loads(path.read_text()))
+    except (OSError, ValueError, ValidationError) as error:
+        raise MoeCollabError(
+            f"{path}: cannot be read as tile configurations ({error}). Unset {VARIABLE}, or write the file anew with "
+            "python -m moe_collab.kernels.tune."
+        ) from error

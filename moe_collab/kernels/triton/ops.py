@@ -1,0 +1,190 @@
+"""The launches: three for routed experts, one for a linear layer. Nothing waits for the device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from ..reference import check_experts
+from .configs import Config, choose
+from .kernels import combine_kernel, down_kernel, gate_up_kernel, linear_kernel
+from .layout import WIDEST_BLOCK
+from .routing import sort_pairs
+
+__all__ = ["INTERPRETED", "SORT_ABOVE", "fused_experts", "linear", "run_experts", "run_linear"]
+
+INTERPRETED = not isinstance(linear_kernel, triton.JITFunction)
+"""TRITON_INTERPRET=1: kernels run in NumPy, on the CPU; their float16 and float32 are right, their bfloat16 is not."""
+
+SORT_ABOVE = 512
+"""Pairs; up to as many, each program finds its own."""
+_COMBINED_ROWS = 256
+
+
+@torch.library.custom_op("moe_collab::fused_experts_triton", mutates_args=())
+def fused_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    apply_router_weight_on_input: bool,
+    activation_bits: int,
+    kinds: int,
+    unit: int,
+    width: int,
+) -> torch.Tensor:
+    """As `reference.fused_experts`, of arenas in `FieldLayout`.
+
+    What a launch must know and the device's table knows: `kinds` and `unit` as in `kernels._product`; `width`, rows of
+    gate.
+    """
+    check_experts(x, topk_weights, topk_ids, codes, table, activation)
+    names = device_names()
+    gate_up, down = (choose(names, kinds, kernel, len(x)) if kinds else None for kernel in ("gate_up", "down"))
+    arenas = (codes, scales, zero_points, table)
+    rest = (bias, expert_map, activation, apply_router_weight_on_input, kinds, unit, width)
+    return run_experts(x, topk_weights, topk_ids, arenas, *rest, gate_up, down)
+
+
+@fused_experts.register_fake
+def _(x, *arguments):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def run_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    arenas: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    on_input: bool,
+    kinds: int,
+    unit: int,
+    width: int,
+    gate_up: Config | None,
+    down: Config | None,
+) -> torch.Tensor:
+    """`fused_experts` with these tiles."""
+    (num_tokens, hidden), top_k = x.shape, topk_ids.shape[1]
+    if not kinds or not topk_ids.numel():
+        return torch.zeros_like(x)
+    assert gate_up and down
+    table, num_pairs = arenas[3], num_tokens * top_k
+    x, ids, factors = x.contiguous(), topk_ids.flatten().contiguous(), topk_weights.flatten().contiguous()
+    shared: dict[str, Any] = {
+        "PAIRS": triton.next_power_of_2(num_pairs) if num_pairs <= SORT_ABOVE else 1,
+        "KINDS": kinds,
+        "UNIT": unit,
+        "PTX": has_ptx(x),
+    }
+    blocks = {}
+    if num_pairs > SORT_ABOVE:
+        local = ids if expert_map is None else torch.where(ids < 0, -1, expert_map[ids.clamp(min=0)])
+        blocks = {t: sort_pairs(local, len(table), t) for t in {gate_up.tokens, down.tokens}}
+
+    def programs(config: Config) -> tuple[int, tuple[torch.Tensor | None, ...]]:
+        if not blocks:
+            return num_pairs, (None,) * 4
+        return len(blocks[config.tokens].expert), tuple(blocks[config.tokens])
+
+    inner = x.new_empty(num_pairs, width)
+    count, places = programs(gate_up)
+    gate_up_kernel[(triton.cdiv(width, gate_up.rows), count)](
+        x, factors, ids, *places, expert_map, *arenas, bias, inner,
+        num_pairs, top_k, hidden, width, 2 * width + hidden,
+        ON_INPUT=on_input, ACTIVATION=activation, WHOLE=hidden % WIDEST_BLOCK == 0,
+        **shared, **_tile(gate_up),
+    )  # fmt: skip
+    partial = torch.empty(down.split, num_pairs, hidden, dtype=torch.float32, device=x.device)
+    count, places = programs(down)
+    down_kernel[(triton.cdiv(hidden, down.rows), count, down.split)](
+        inner, ids, *places, expert_map, *arenas, partial, num_pairs, hidden, width,
+        WHOLE=width % WIDEST_BLOCK == 0, SPLIT=down.split, **shared, **_tile(down),
+    )  # fmt: skip
+    output = torch.empty_like(x)
+    combine_kernel[(triton.cdiv(hidden, _COMBINED_ROWS), num_tokens)](
+        partial, factors, ids, expert_map, table, bias, output,
+        num_pairs, hidden, width, 2 * width + hidden,
+        ON_INPUT=on_input, TOP_K=top_k, SPLIT=down.split,
+        ROWS=_COMBINED_ROWS,
+    )  # fmt: skip
+    return output
+
+
+@torch.library.custom_op("moe_collab::linear_triton", mutates_args=())
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_bits: int,
+    num_rows: int,
+    kinds: int,
+    unit: int,
+) -> torch.Tensor:
+    """As `reference.linear`; see `fused_experts`."""
+    return run_linear(
+        x, (codes, scales, zero_points, table), bias, num_rows, kinds, unit,
+        choose(device_names(), kinds, "linear", len(x)),
+    )  # fmt: skip
+
+
+@linear.register_fake
+def _(x, codes, scales, zero_points, table, bias, activation_bits, num_rows, kinds, unit):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], num_rows)
+
+
+def run_linear(
+    x: torch.Tensor,
+    arenas: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None,
+    num_rows: int,
+    kinds: int,
+    unit: int,
+    tile: Config,
+) -> torch.Tensor:
+    """`linear` with this tile."""
+    num_tokens, columns = x.shape
+    output, pieces = x.new_empty(num_tokens, num_rows), len(arenas[3])
+    if num_tokens:
+        linear_kernel[(triton.cdiv(num_rows, tile.rows) + pieces - 1, triton.cdiv(num_tokens, tile.tokens))](
+            x.contiguous(), *arenas, bias, output, num_tokens, columns, num_rows,
+            PIECES=pieces, KINDS=kinds, UNIT=unit, WHOLE=columns % WIDEST_BLOCK == 0,
+            PTX=has_ptx(x), **_tile(tile),
+        )  # fmt: skip
+    return output
+
+
+def has_ptx(x: torch.Tensor) -> bool:
+    """Whether kernels for activations like `x` may contain PTX."""
+    return x.is_cuda and torch.version.hip is None and x.dtype != torch.float32
+
+
+@cache
+def device_names() -> tuple[str, ...]:
+    """As configs.json calls the device in use, the most particular name first."""
+    if not torch.cuda.is_available():
+        return ("cuda",)
+    return torch.cuda.get_device_name(), "cuda" if torch.version.hip is None else "hip"
+
+
+def _tile(config: Config) -> dict[str, int]:
+    return {
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

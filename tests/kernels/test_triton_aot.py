@@ -1,0 +1,17 @@
+"""The Triton kernels compiled for GPUs that are not here; `make bench-triton-aot` does all of them."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+from integration.benchmarks.triton_aot import TARGETS, compile_kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kernel", "mix", "batch"), [("gate_up", (4,), "decode"), ("down", (4, 16), "prefill")])
+def test_no_spills_and_matrix_instructions(target, kernel, mix, batch):
+    row = compile_kernel(target, kernel, mix, batch)
+    assert row["spilled_bytes"] == 0 and row["matrix_instructions"] > 0
