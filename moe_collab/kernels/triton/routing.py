@@ -33,5 +33,5 @@ def sort_pairs(local_ids: torch.Tensor, num_experts: int, tokens: int) -> Blocks
     there = expert.clamp(max=num_experts - 1)
     start = starts[there] + (blocks - (ends - needed)[there]) * tokens
     is_needed = expert < num_experts
-    end = torch.where(is_needed, starts[there + 1], start)
+    end = torch.where(is_needed, torch.minimum(starts[there + 1], start + tokens), start)
     return Blocks(order.int(), torch.where(is_needed, expert, -1).int(), start.int(), end.int())
