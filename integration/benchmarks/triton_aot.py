@@ -2,7 +2,7 @@
 
     make bench-triton-aot
 
-writes `build/bench/triton_aot.json`. Tiles are those of configs.json for decoding one token and for prefill.
+writes `build/bench/triton_aot.json`. Tiles are those of configs.json for one token, a few (16), and prefill (4096).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from moe_collab.kernels.triton import kernels
 from moe_collab.kernels.triton.configs import choose, kinds_of
+from moe_collab.kernels.triton.ops import SORT_ABOVE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +36,7 @@ TARGETS = {
     "gfx1151": GPUTarget("hip", "gfx1151", 32),
 }
 MIXES = [(2,), (3,), (4,), (5,), (6,), (8,), (16,), (2, 3, 4)]
-BATCHES = {"decode": 1, "prefill": 4096}
+BATCHES = {"decode": 1, "few": 16, "prefill": 4096}
 _UNIT = 64
 _POINTERS = {
     "x": "bf16", "inner": "bf16", "output": "bf16", "factors": "fp32", "partial": "fp32", "scales": "bf16",
@@ -52,10 +53,10 @@ def compile_kernel(target: str, kernel: str, mix: tuple[int, ...], batch: str) -
     tile = choose((gpu.backend,), kinds, kernel, BATCHES[batch])
     constants = {
         "KINDS": kinds, "UNIT": _UNIT, "WHOLE": True, "PTX": gpu.backend == "cuda", "ROWS": tile.rows,
-        "TOKENS": tile.tokens, "SPLIT": tile.split, "PIECES": 3, "PAIRS": 8, "ON_INPUT": False, "ACTIVATION": "silu",
-        "expert_map": None, "bias": None,
+        "TOKENS": tile.tokens, "SPLIT": tile.split, "PIECES": 3, "PAIRS": SORT_ABOVE, "ON_INPUT": False,
+        "ACTIVATION": "silu", "expert_map": None, "bias": None,
     }  # fmt: skip
-    if batch == "decode":
+    if batch != "prefill":
         constants |= dict.fromkeys(("order", "block_expert", "block_start", "block_end"))
     function = getattr(kernels, f"{kernel}_kernel")
     signature, attributes = {}, {}
@@ -99,11 +100,7 @@ def _amd(compiled: Any) -> dict[str, int]:
 
 def cases() -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     """Arguments of `compile_kernel`."""
-    for target in TARGETS:
-        for kernel in ("gate_up", "down", "linear"):
-            for mix in MIXES:
-                for batch in BATCHES:
-                    yield target, kernel, mix, batch
+    return product(TARGETS, ("gate_up", "down", "linear"), MIXES, BATCHES)
 
 
 def main() -> None:
@@ -112,9 +109,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = []
-        for row in pool.map(partial(_unpacked, compile_kernel), cases()):
+        for row in pool.map(compile_kernel, *zip(*cases(), strict=True)):
             rows.append(row)
             print(
                 f"{row['target']:8} {row['kernel']:8} {','.join(map(str, row['bits'])):6} {row['batch']:8} "
@@ -127,10 +124,6 @@ def main() -> None:
     spilled = sum(row["spilled_bytes"] > 0 for row in rows)
     lacking = sum(not row["matrix_instructions"] for row in rows)
     print(f"{path}: {len(rows)} kernels, {spilled} spill, {lacking} lack matrix instructions")
-
-
-def _unpacked(function: Any, arguments: tuple) -> Any:
-    return function(*arguments)
 
 
 if __name__ == "__main__":

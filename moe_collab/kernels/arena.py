@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from ..errors import MoeCollabError
+from ..formats import TERNARY, unpack, unpack_ternary
 from .descriptors import Field, TensorSpec
 
 __all__ = ["Arena", "Layout", "allocate"]
@@ -45,6 +47,21 @@ class Cut:
 
     def __init__(self, shape: tuple[int, int], row: int = 0, column: int = 0) -> None:
         self.shape, self.row, self.column = shape, row, column
+
+    def kept(self, spec: TensorSpec, packed: torch.Tensor) -> torch.Tensor:
+        """Of a checkpoint tensor: signed int8 codes (16 bits: the weights) [spec.rows, spec.columns].
+
+        Raises `MoeCollabError` if it does not hold as many.
+        """
+        whole = packed
+        if spec.num_bits == TERNARY:
+            whole = unpack_ternary(packed, self.shape, spec.group_size)
+        elif spec.is_packed:
+            whole = unpack(packed, spec.num_bits, self.shape)
+        kept = whole[self.row : self.row + spec.rows, self.column : self.column + spec.columns]
+        if kept.shape != (spec.rows, spec.columns):
+            raise MoeCollabError(f"shape {list(packed.shape)} does not hold {spec.rows} x {spec.columns} weights.")
+        return kept
 
 
 class Arena:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import MoeCollabError
-from ..formats import TERNARY, pack, pack_ternary, packed_width, ternary_width, unpack, unpack_ternary
+from ..formats import TERNARY, pack, pack_ternary, packed_width, ternary_width
 from .arena import Cut
 from .descriptors import Field, TensorSpec
 
@@ -45,16 +44,14 @@ class PlainLayout:
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
         """Unpack, cut, pack."""
-        rows, columns = slice(cut.row, cut.row + spec.rows), slice(cut.column, cut.column + spec.columns)
+        kept = cut.kept(spec, packed)
         if spec.num_bits == 16:
-            words = packed[rows, columns].contiguous().view(torch.int32)
+            words = kept.contiguous().view(torch.int32)
         elif spec.num_bits == TERNARY:
-            trits = pack_ternary(unpack_ternary(packed, cut.shape, spec.group_size)[rows, columns], spec.group_size)
+            trits = pack_ternary(kept, spec.group_size)
             words = torch.nn.functional.pad(trits, (0, -trits.shape[1] % 4)).view(torch.int32)
         else:
-            words = pack(unpack(packed, spec.num_bits, cut.shape)[rows, columns], spec.num_bits)
-        if words.numel() != self.num_codes(spec):
-            raise MoeCollabError(f"shape {list(packed.shape)} does not hold {spec.rows} x {spec.columns} weights.")
+            words = pack(kept, spec.num_bits)
         start = int(descriptor[Field.CODES])
         codes[start : start + words.numel()] = words.flatten()
 

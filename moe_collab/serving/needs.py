@@ -45,14 +45,15 @@ def needs_this_package(
                 others.add(weights["num_bits"])
     for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
         schemes[layer].add((16,))
-    if others - ({4, 8} if not current_platform.is_cpu() else {4} if has_stock_int4() else set()):
+    on_cpu = current_platform.is_cpu()
+    if others - ({4, 8} if not on_cpu else {4} if has_stock_int4() else set()):
         return True
     if all(len(found) == 1 and (16,) in found for found in schemes.values()):
         return False
     mixed = any(len(found) > 1 for found in schemes.values())
     bits = {found[0] for layer in schemes.values() for found in layer} - {16, None}
     stock = {4, 8}
-    if current_platform.is_cpu():
+    if on_cpu:
         strategies = {found[2] for layer in schemes.values() for found in layer if len(found) > 1}
         served = torch.cpu._is_amx_tile_supported() and strategies == {"group"} and not grouped_routing
         stock = {4} if served else set()

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 
+from moe_collab.formats import DENSE, PRUNED, TERNARY, Scheme
 from moe_collab.serving import needs
-from moe_collab.serving.config import MoeCollabConfig
+from moe_collab.serving.config import MoeCollabConfig, _is_stock, _serves_linear
+from moe_collab.serving.experts import ExpertSchemes
 from moe_collab.serving.needs import current_platform, needs_this_package
 
 
@@ -85,3 +88,44 @@ def test_nothing_else_is_ours(amx):
     assert MoeCollabConfig.override_quantization_method({"quant_method": "fp8"}, None) is None
     assert MoeCollabConfig.override_quantization_method(config((EVERYWHERE, 3)), "gptq") is None
     assert MoeCollabConfig.override_quantization_method(config((EVERYWHERE, 4)), "moe_collab") == "moe_collab"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+
+
+def test_on_gpus_stock_serves_what_it_has_kernels_for(gpu):
+    assert not needs_this_package(config((EVERYWHERE, 4), ([r"re:.*self_attn.*"], 8)))
+    assert needs_this_package(config((EVERYWHERE, 4), ([r"re:.*self_attn.*"], 3)))
+    assert needs_this_package(config((EVERYWHERE, 3)))
+
+
+@pytest.mark.parametrize(("bits", "ours"), [((4, 4, 4), False), ((8,), False), ((4, 8, 4), True), ((3,), True)])
+def test_on_gpus_linear_layers_are_ours_where_parts_differ_or_bits_are_odd(gpu, bits, ours):
+    weights = {"type": "int", "strategy": "group", "group_size": 128}
+    parts = [
+        {"format": "pack-quantized", "weights": QuantizationArgs(num_bits=b, **weights), "input_activations": None}
+        for b in bits
+    ]
+    assert _serves_linear(parts) == ours
+    assert not _serves_linear([None] * 3)
+    if not ours:
+        assert _serves_linear([*parts, None])
+
+
+@pytest.mark.parametrize(
+    ("schemes", "stock"),
+    [
+        ([Scheme(4, 128)], True),
+        ([Scheme(8, -1)], True),
+        ([DENSE], True),
+        ([Scheme(4, 128), Scheme(4, 32)], False),
+        ([Scheme(4, 128), PRUNED], False),
+        ([Scheme(4, 128, False)], False),
+        ([Scheme(3, 128)], False),
+        ([Scheme(TERNARY, 128)], False),
+    ],
+)
+def test_layers_of_experts_that_are_alike_stay_with_stock_kernels(schemes, stock):
+    assert _is_stock(ExpertSchemes("experts", ("g", "u", "d"), [(scheme,) * 3 for scheme in schemes])) == stock

@@ -12,7 +12,7 @@ from ..descriptors import TensorSpec
 from .configs import kinds_of
 from .layout import FieldLayout
 
-__all__ = ["FieldLayout", "check", "constants", "fused_experts", "linear"]
+__all__ = ["FieldLayout", "check", "fused_experts", "linear"]
 
 _UNITS = (128, 64, 32, 16)
 
@@ -30,7 +30,7 @@ def check() -> str:
     return torch.cuda.get_device_name()
 
 
-def constants(specs: Sequence[TensorSpec]) -> dict[str, int]:
+def _constants(specs: Sequence[TensorSpec]) -> dict[str, int]:
     """`kinds` and `unit` of `kernels._product` for these weights."""
     groups = {spec.group_size for spec in specs if spec.is_packed and spec.group_size != spec.columns}
     unit = next(unit for unit in _UNITS if all(group % unit == 0 for group in groups))
@@ -41,11 +41,11 @@ def fused_experts(specs: Sequence[TensorSpec]) -> Callable[..., torch.Tensor]:
     """`reference.fused_experts` for arenas in `FieldLayout` of `specs`: gate, up and down of each expert."""
     from .ops import fused_experts
 
-    return partial(fused_experts, **constants(specs), width=specs[0].rows)
+    return partial(fused_experts, **_constants(specs), width=specs[0].rows)
 
 
 def linear(specs: Sequence[TensorSpec]) -> Callable[..., torch.Tensor]:
     """`reference.linear` for arenas in `FieldLayout` of `specs`, its pieces."""
     from .ops import linear
 
-    return partial(linear, **constants(specs))
+    return partial(linear, **_constants(specs))

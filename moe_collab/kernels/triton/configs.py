@@ -1,4 +1,4 @@
-"""How large a kernel's tiles are, by device, bits and number of tokens: measured, with defaults, replaceable."""
+"""How large a kernel's tiles are, by device, bits and number of tokens: defaults, and the user's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...errors import MoeCollabError
 __all__ = ["VARIABLE", "Config", "Configs", "choose", "kinds_of", "mix_of"]
 
 VARIABLE = "MOE_COLLAB_TRITON_CONFIGS"
-"""Environment variable: a file like configs.json, as `python -m moe_collab.kernels.tune` writes it, that goes first."""
+"""Environment variable: a file like configs.json that goes before it."""
 _ANY = "any"
 
 
@@ -82,6 +82,6 @@ def _read(path: Path) -> Configs:
         return Configs.model_validate(json.loads(path.read_text()))
     except (OSError, ValueError, ValidationError) as error:
         raise MoeCollabError(
-            f"{path}: cannot be read as tile configurations ({error}). Unset {VARIABLE}, or write the file anew with "
-            "python -m moe_collab.kernels.tune."
+            f"{path}: cannot be read as tile configurations ({error}). Mend it after the pattern of "
+            f"{Path(__file__).with_name('configs.json')}, or unset {VARIABLE}."
         ) from error

@@ -248,12 +248,11 @@ def down_kernel(
 @triton.jit
 def combine_kernel(
     partial, factors, ids, expert_map, table, bias, output, num_pairs, hidden, width, bias_stride,
-    ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """output [tokens, hidden] = a token's sum of weight * (shares + bias); grid (blocks of rows, tokens)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1)
+    """output [tokens, hidden] = a token's sum of weight * (shares + bias); grid (tokens, blocks of rows)."""
+    token = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_row = row < hidden
     total = tl.zeros((ROWS,), tl.float32)
     for k in tl.static_range(TOP_K):

@@ -1,7 +1,7 @@
 """How weights lie in GPU memory: fields of words, so that a tile of words is a run of whole 16-byte loads.
 
-A *block* is `FIELDS[major] x DEPTH` columns. Word i of a row holds, as its fields, columns i, DEPTH + i, 2 DEPTH + i...
-of the block: field j of all words is a contiguous run of DEPTH columns, and meets as many contiguous activations.
+A *block* is as many times DEPTH columns as a word has fields. Word i of a row holds the block's columns i, DEPTH + i,
+2 DEPTH + i...: field j of all words is a contiguous run of DEPTH columns, and meets as many contiguous activations.
 Bits are split into *planes* of 8, 4, 2 or 1 bits with as many fields each: the widest in words of 32 bits, the others
 in narrower ones. A plane is [blocks, rows, DEPTH] words; columns beyond the last are codes of zero.
 """
@@ -11,27 +11,23 @@ from __future__ import annotations
 import torch
 
 from ...errors import MoeCollabError
-from ...formats import TERNARY, unpack, unpack_ternary
+from ...formats import TERNARY
 from ..arena import Cut
 from ..descriptors import Field, TensorSpec
 
-__all__ = ["DEPTH", "WIDEST_BLOCK", "FieldLayout", "planes_of"]
+__all__ = ["DEPTH", "WIDEST_BLOCK", "FieldLayout"]
 
 DEPTH = 16
 """Columns of one matrix instruction."""
 WIDEST_BLOCK = 16 * DEPTH
 
+# Bits of each plane, from the lowest bits of a code up; `kernels._packed` goes by the same rule.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 _WORDS = {32: torch.int32, 16: torch.int16, 8: torch.int8}
 
 
-def planes_of(num_bits: int) -> tuple[int, ...]:
-    """Bits of each plane, from the lowest bits of a code up."""
-    return _PLANES[num_bits]
-
-
 def _blocks(spec: TensorSpec, num_bits: int) -> int:
-    return -(-spec.columns // (32 // planes_of(num_bits)[0] * DEPTH))
+    return -(-spec.columns // (32 // _PLANES[num_bits][0] * DEPTH))
 
 
 class FieldLayout:
@@ -49,7 +45,7 @@ class FieldLayout:
         bits = self.stored_bits(spec)
         if bits in (0, 16):
             return -(-spec.rows * spec.columns * bits // 32 // 4) * 4
-        return _blocks(spec, bits) * spec.rows * DEPTH * bits // planes_of(bits)[0]
+        return _blocks(spec, bits) * spec.rows * DEPTH * bits // _PLANES[bits][0]
 
     def num_scales(self, spec: TensorSpec) -> int:
         """One per group. Raises `MoeCollabError` for group sizes that the kernels do not know."""
@@ -69,22 +65,16 @@ class FieldLayout:
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
         """Unpack, cut, sort into fields."""
-        rows, columns = slice(cut.row, cut.row + spec.rows), slice(cut.column, cut.column + spec.columns)
-        if spec.num_bits == 16:
-            words = packed[rows, columns].contiguous().view(torch.int32)
-        elif spec.num_bits == TERNARY:
-            words = _fields(unpack_ternary(packed, cut.shape, spec.group_size)[rows, columns], 2)
-        else:
-            words = _fields(unpack(packed, spec.num_bits, cut.shape)[rows, columns], self.stored_bits(spec))
-        if spec.num_bits == 16 and words.numel() * 2 != spec.rows * spec.columns:
-            raise MoeCollabError(f"shape {list(packed.shape)} does not hold {spec.rows} x {spec.columns} weights.")
+        kept = cut.kept(spec, packed)
+        is_dense = spec.num_bits == 16
+        words = kept.contiguous().view(torch.int32) if is_dense else _fields(kept, self.stored_bits(spec))
         start = int(descriptor[Field.CODES])
         codes[start : start + words.numel()] = words.flatten()
 
 
 def _fields(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     """Signed int8 codes [rows, columns] -> int32 words of all planes, one after the other."""
-    planes = planes_of(num_bits)
+    planes = _PLANES[num_bits]
     fields, rows = 32 // planes[0], codes.shape[0]
     unsigned = codes.int() + (1 << (num_bits - 1))
     width = fields * DEPTH

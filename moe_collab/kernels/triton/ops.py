@@ -14,13 +14,13 @@ from .kernels import combine_kernel, down_kernel, gate_up_kernel, linear_kernel
 from .layout import WIDEST_BLOCK
 from .routing import sort_pairs
 
-__all__ = ["INTERPRETED", "SORT_ABOVE", "fused_experts", "linear", "run_experts", "run_linear"]
+__all__ = ["INTERPRETED", "SORT_ABOVE", "device_names", "fused_experts", "linear"]
 
 INTERPRETED = not isinstance(linear_kernel, triton.JITFunction)
 """TRITON_INTERPRET=1: kernels run in NumPy, on the CPU; their float16 and float32 are right, their bfloat16 is not."""
 
-SORT_ABOVE = 512
-"""Pairs; up to as many, each program finds its own."""
+SORT_ABOVE = 128
+"""Pairs, a power of two; up to as many, each program finds its own."""
 _COMBINED_ROWS = 256
 
 
@@ -48,45 +48,17 @@ def fused_experts(
     gate.
     """
     check_experts(x, topk_weights, topk_ids, codes, table, activation)
-    names = device_names()
-    gate_up, down = (choose(names, kinds, kernel, len(x)) if kinds else None for kernel in ("gate_up", "down"))
-    arenas = (codes, scales, zero_points, table)
-    rest = (bias, expert_map, activation, apply_router_weight_on_input, kinds, unit, width)
-    return run_experts(x, topk_weights, topk_ids, arenas, *rest, gate_up, down)
-
-
-@fused_experts.register_fake
-def _(x, *arguments):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
-
-
-def run_experts(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    arenas: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    on_input: bool,
-    kinds: int,
-    unit: int,
-    width: int,
-    gate_up: Config | None,
-    down: Config | None,
-) -> torch.Tensor:
-    """`fused_experts` with these tiles."""
     (num_tokens, hidden), top_k = x.shape, topk_ids.shape[1]
     if not kinds or not topk_ids.numel():
         return torch.zeros_like(x)
-    assert gate_up and down
-    table, num_pairs = arenas[3], num_tokens * top_k
+    gate_up, down = (choose(device_names(), kinds, kernel, num_tokens) for kernel in ("gate_up", "down"))
+    arenas, num_pairs = (codes, scales, zero_points, table), num_tokens * top_k
     x, ids, factors = x.contiguous(), topk_ids.flatten().contiguous(), topk_weights.flatten().contiguous()
     shared: dict[str, Any] = {
-        "PAIRS": triton.next_power_of_2(num_pairs) if num_pairs <= SORT_ABOVE else 1,
+        "PAIRS": SORT_ABOVE,
         "KINDS": kinds,
         "UNIT": unit,
-        "PTX": has_ptx(x),
+        "PTX": _has_ptx(x),
     }
     blocks = {}
     if num_pairs > SORT_ABOVE:
@@ -103,7 +75,7 @@ def run_experts(
     gate_up_kernel[(triton.cdiv(width, gate_up.rows), count)](
         x, factors, ids, *places, expert_map, *arenas, bias, inner,
         num_pairs, top_k, hidden, width, 2 * width + hidden,
-        ON_INPUT=on_input, ACTIVATION=activation, WHOLE=hidden % WIDEST_BLOCK == 0,
+        ON_INPUT=apply_router_weight_on_input, ACTIVATION=activation, WHOLE=hidden % WIDEST_BLOCK == 0,
         **shared, **_tile(gate_up),
     )  # fmt: skip
     partial = torch.empty(down.split, num_pairs, hidden, dtype=torch.float32, device=x.device)
@@ -113,13 +85,17 @@ def run_experts(
         WHOLE=width % WIDEST_BLOCK == 0, SPLIT=down.split, **shared, **_tile(down),
     )  # fmt: skip
     output = torch.empty_like(x)
-    combine_kernel[(triton.cdiv(hidden, _COMBINED_ROWS), num_tokens)](
+    combine_kernel[(num_tokens, triton.cdiv(hidden, _COMBINED_ROWS))](
         partial, factors, ids, expert_map, table, bias, output,
         num_pairs, hidden, width, 2 * width + hidden,
-        ON_INPUT=on_input, TOP_K=top_k, SPLIT=down.split,
-        ROWS=_COMBINED_ROWS,
+        ON_INPUT=apply_router_weight_on_input, TOP_K=top_k, SPLIT=down.split, ROWS=_COMBINED_ROWS,
     )  # fmt: skip
     return output
+
+
+@fused_experts.register_fake
+def _(x, *arguments):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("moe_collab::linear_triton", mutates_args=())
@@ -136,10 +112,16 @@ def linear(
     unit: int,
 ) -> torch.Tensor:
     """As `reference.linear`; see `fused_experts`."""
-    return run_linear(
-        x, (codes, scales, zero_points, table), bias, num_rows, kinds, unit,
-        choose(device_names(), kinds, "linear", len(x)),
-    )  # fmt: skip
+    num_tokens, columns = x.shape
+    output, pieces = x.new_empty(num_tokens, num_rows), len(table)
+    tile = choose(device_names(), kinds, "linear", num_tokens)
+    if num_tokens:
+        linear_kernel[(triton.cdiv(num_rows, tile.rows) + pieces - 1, triton.cdiv(num_tokens, tile.tokens))](
+            x.contiguous(), codes, scales, zero_points, table, bias, output, num_tokens, columns, num_rows,
+            PIECES=pieces, KINDS=kinds, UNIT=unit, WHOLE=columns % WIDEST_BLOCK == 0,
+            PTX=_has_ptx(x), **_tile(tile),
+        )  # fmt: skip
+    return output
 
 
 @linear.register_fake
@@ -147,28 +129,7 @@ def _(x, codes, scales, zero_points, table, bias, activation_bits, num_rows, kin
     return x.new_empty(x.shape[0], num_rows)
 
 
-def run_linear(
-    x: torch.Tensor,
-    arenas: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None,
-    num_rows: int,
-    kinds: int,
-    unit: int,
-    tile: Config,
-) -> torch.Tensor:
-    """`linear` with this tile."""
-    num_tokens, columns = x.shape
-    output, pieces = x.new_empty(num_tokens, num_rows), len(arenas[3])
-    if num_tokens:
-        linear_kernel[(triton.cdiv(num_rows, tile.rows) + pieces - 1, triton.cdiv(num_tokens, tile.tokens))](
-            x.contiguous(), *arenas, bias, output, num_tokens, columns, num_rows,
-            PIECES=pieces, KINDS=kinds, UNIT=unit, WHOLE=columns % WIDEST_BLOCK == 0,
-            PTX=has_ptx(x), **_tile(tile),
-        )  # fmt: skip
-    return output
-
-
-def has_ptx(x: torch.Tensor) -> bool:
+def _has_ptx(x: torch.Tensor) -> bool:
     """Whether kernels for activations like `x` may contain PTX."""
     return x.is_cuda and torch.version.hip is None and x.dtype != torch.float32
 
