@@ -5,7 +5,7 @@ SERVE := .venv/serve/bin
 SHELL := /bin/bash
 KERNELS := moe_collab/kernels/cpu/_C.so
 
-.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-allocation bench-pruning bench-families fixture environments clean
+.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-gpu bench-allocation bench-pruning bench-families fixture environments clean
 
 demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
@@ -63,6 +63,11 @@ bench-cpu: environments .venv/serve/.bench $(KERNELS)
 # Compiles the GPU kernels for GPUs that need not be here: four minutes.
 bench-triton-aot: .venv/serve/.ready
 	$(SERVE)/python -m integration.benchmarks.triton_aot
+
+# On a machine with a GPU, in whatever environment has torch and Triton for it (and pydantic).
+GPU_PYTHON ?= python3
+bench-gpu:
+	$(GPU_PYTHON) -m integration.benchmarks.gpu
 
 # Resumes where an earlier run was cut off; `rm -r build/bench/allocation` starts anew.
 bench-allocation: .venv/compress/.ready

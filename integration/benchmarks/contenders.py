@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_collab.formats import TERNARY
 from moe_collab.kernels import cpu
 from moe_collab.kernels.arena import Arena, allocate
 from moe_collab.kernels.descriptors import TensorSpec
-from moe_collab.kernels.plain import PLAIN, row_words
+from moe_collab.kernels.plain import PLAIN
 from moe_collab.kernels.reference import fused_experts
+
+from .random_weights import random_weights
 
 __all__ = [
     "MIX",
@@ -20,8 +21,6 @@ __all__ = [
     "Shape",
     "int4pack",
     "naive",
-    "random_weight",
-    "random_weights",
     "those_that_run",
     "vllm_bfloat16",
 ]
@@ -52,34 +51,6 @@ class Shape:
             for e in range(experts)
             for b, shape in zip(bits[e % len(bits)], shapes, strict=True)
         ]
-
-
-def random_weights(arenas: Sequence[Arena], seed: int = 0) -> None:
-    """Fill arenas with the same random checkpoint; a shorter arena gets the first weights."""
-    generator = torch.Generator().manual_seed(seed)
-    for index in range(max(len(a.specs) for a in arenas)):
-        spec = next(a for a in arenas if index < len(a.specs)).specs[index]
-        packed, scales = random_weight(spec, generator)
-        for arena in arenas:
-            if index < len(arena.specs):
-                arena.write_codes(index, packed)
-                if scales is not None:
-                    arena.write_scales(index, scales)
-
-
-def random_weight(spec: TensorSpec, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(codes as a checkpoint packs them, scales); a bfloat16 weight and None at 16 bits."""
-    if spec.num_bits == 16:
-        return (torch.randn(spec.rows, spec.columns, generator=generator) / spec.columns**0.5).bfloat16(), None
-    if spec.num_bits == TERNARY:
-        width, high, dtype = spec.num_groups * -(-spec.group_size // 5), 243, torch.uint8
-        packed = torch.randint(0, high, (spec.rows, width), generator=generator, dtype=dtype)
-    else:
-        width = row_words(spec.num_bits, spec.columns, spec.group_size)
-        packed = torch.randint(-(1 << 31), (1 << 31) - 1, (spec.rows, width), generator=generator, dtype=torch.int32)
-    half = 1 if spec.num_bits == TERNARY else 1 << (spec.num_bits - 1)
-    size = (spec.rows, spec.num_groups)
-    return packed, ((torch.rand(size, generator=generator) + 0.5) / half / spec.columns**0.5).bfloat16()
 
 
 class Ours:

@@ -15,7 +15,8 @@ from moe_collab.kernels.descriptors import TensorSpec
 from moe_collab.kernels.plain import PLAIN
 from moe_collab.kernels.reference import linear
 
-from .contenders import random_weights, those_that_run
+from .contenders import those_that_run
+from .random_weights import random_weights
 from .timing import Stream, interleave
 
 __all__ = ["bench_linear"]

@@ -13,7 +13,7 @@ from moe_collab.kernels.arena import Arena
 from moe_collab.kernels.cpu.widening import widen_ternary
 from moe_collab.kernels.descriptors import TensorSpec
 
-from .contenders import random_weight
+from .random_weights import random_weight
 
 __all__ = ["bench_repack"]
 

@@ -50,7 +50,7 @@ _MATRIX = re.compile(r"mma\.sync|wgmma\.mma_async|v_wmma|v_mfma")
 def compile_kernel(target: str, kernel: str, mix: tuple[int, ...], batch: str) -> dict[str, Any]:
     """One row: what the compiler made of a kernel for these bits."""
     gpu, kinds = TARGETS[target], kinds_of(mix)
-    tile = choose((gpu.backend,), kinds, kernel, BATCHES[batch])
+    tile = choose((target, gpu.backend), kinds, kernel, BATCHES[batch])
     constants = {
         "KINDS": kinds, "UNIT": _UNIT, "WHOLE": True, "PTX": gpu.backend == "cuda", "ROWS": tile.rows,
         "TOKENS": tile.tokens, "SPLIT": tile.split, "PIECES": 3, "PAIRS": SORT_ABOVE, "ON_INPUT": False,

@@ -17,8 +17,9 @@ from moe_collab.kernels.descriptors import TensorSpec
 from .layers import expert_specs, load, random_weight
 
 pytest.importorskip("triton")
-from moe_collab.kernels import triton
-from moe_collab.kernels.triton import configs, ops
+from integration.benchmarks import gpu, vllm_triton
+from moe_collab.kernels import triton, tune
+from moe_collab.kernels.triton import configs, ops, trial
 from moe_collab.kernels.triton.fields import PTX_BITS, field_ptx
 from moe_collab.kernels.triton.routing import sort_pairs
 
@@ -199,7 +200,7 @@ def test_the_most_particular_tile_is_chosen(monkeypatch, tmp_path):
     own.write_text(json.dumps({"My GPU": {"2,4": {"down": [{"up_to": 4, **tile}]}, "any": {"down": [tile]}}}))
     monkeypatch.setenv(configs.VARIABLE, str(own))
     kinds = configs.kinds_of([2, 4, 0])
-    for cached in (configs._files, configs.choose):
+    for cached in (configs._files, configs._choose):
         cached.cache_clear()
     try:
         assert configs.choose(("My GPU", "cuda"), kinds, "down", 4).up_to == 4
@@ -211,7 +212,7 @@ def test_the_most_particular_tile_is_chosen(monkeypatch, tmp_path):
         with pytest.raises(MoeCollabError, match=r"own\.json"):
             configs.choose(("My GPU", "cuda"), kinds, "down", 6)
     finally:
-        for cached in (configs._files, configs.choose):
+        for cached in (configs._files, configs._choose):
             cached.cache_clear()
 
 
@@ -222,3 +223,66 @@ def test_the_backend_by_name(monkeypatch):
         assert backends.backend().name == "triton (interpreted)"
     finally:
         backends.backend.cache_clear()
+
+
+def test_the_tuner_stores_tiles_that_are_then_used(monkeypatch, tmp_path):
+    path = tmp_path / "tiles.json"
+    tile = configs.Config(rows=16, tokens=8, num_warps=1, num_stages=1)
+    other = {"Another GPU": {"any": {"down": [tile.model_dump(exclude_defaults=True)]}}}
+    path.write_text(json.dumps(other))
+    monkeypatch.setattr(tune, "LADDERS", {"rows": (32, 64)})
+    shapes = ["--shape", "64x32x4x2", "--linear", "64x64", "--group-size", "32"]
+    tune.main([*shapes, "--bits", "4", "--tokens", "3", "1", "--output", str(path)])
+    stored = json.loads(path.read_text())
+    assert stored.pop("Another GPU") == other["Another GPU"]
+    assert list(stored) == ["interpreted"] and set(stored["interpreted"]["4"]) == {"gate_up", "down", "linear"}
+    for tiles in stored["interpreted"]["4"].values():
+        assert {t["rows"] for t in tiles} <= {32, 64} and [t.get("up_to") for t in tiles] in ([None], [1, None])
+    before = path.read_text()
+    path.write_text(before.replace('"rows"', '"row"'))
+    with pytest.raises(MoeCollabError, match=r"tiles\.json"):
+        tune.main([*shapes, "--output", str(path)])
+
+
+def test_tiles_that_are_tried_go_before_all_files():
+    tile = configs.Config(rows=16, tokens=8, num_warps=1, num_stages=1)
+    usual = configs.choose(("cuda",), 1 << 4, "gate_up", 1)
+    with configs.using({"down": tile}), configs.using({"linear": tile}):
+        assert [configs.choose(("cuda",), 1 << 4, k, 1) for k in ("gate_up", "down", "linear")] == [usual, tile, tile]
+    assert configs.choose(("cuda",), 1 << 4, "down", 1) != tile
+
+
+def test_the_benchmark(monkeypatch, tmp_path):
+    """As on a GPU, but for the sizes and the figures."""
+    monkeypatch.setattr(gpu, "EXPERTS", {"tiny": trial.ExpertsShape(128, 64, 4, 2)})
+    monkeypatch.setattr(gpu, "LINEARS", {"tiny": trial.LinearShape(64, 128)})
+    for name, value in (("GROUP", 32), ("DECODE", 1), ("CHECKED", (1, 3))):
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "LADDERS", vllm_triton.Tile((16, 32), (64,), (64,), (1,), (4,), (3,)))
+    arguments = ["--output", str(tmp_path), "--shapes", "tiny", "--bits", "2", "4", "2,4", "--tokens", "1", "2"]
+    gpu.main(arguments)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["machine"]["device"] == "interpreted" and found["ceilings"]["copy_bytes_per_s"] > 0
+    rows = {(row["layer"], row["tokens"], row["bits"]): row for row in found["rows"]}
+    assert len(rows) == 12 and all(row["error"] < 1e-5 and row["us"] > 0 for row in found["rows"])
+    assert "share_of_copy" in rows["tiny experts", 1, "2,4"] and "share_of_peak" in rows["tiny experts", 2, "2,4"]
+    assert rows["tiny experts", 1, "2,4"]["vs_uniform"] > 0 and rows["tiny linear", 1, "2"]["vs_bf16"] > 0
+    assert {"vs_vllm_bf16", "vs_vllm_4bit"} <= set(rows["tiny experts", 1, "2"])
+    monkeypatch.setattr(gpu, "MOST_ERROR", 0.0)
+    with pytest.raises(MoeCollabError, match="the kernels are wrong here"):
+        gpu.main(arguments)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_vllm_kernels_multiply_what_the_benchmark_says(bits, tmp_path):
+    shape = trial.ExpertsShape(128, 64, 4, 2)
+    layer = vllm_triton.VllmExperts(vllm_triton.kernels_of(vllm_triton.find_vllm(), tmp_path), shape, bits, 32)
+    ids, tile = torch.tensor([[0, 3], [3, 1], [1, 0]]), vllm_triton.Tile(16, 64, 64)
+    x, out = torch.randn(3, 128), torch.empty(6, 128)
+    layer.product(x, out, layer.weights[0], vllm_triton.aligned(ids, 16, 4), 2, tile)
+    weight, scales = layer.weights[0]
+    if bits == 4:
+        codes = torch.stack([weight & 15, weight >> 4], -1).flatten(2).float() - 8
+        weight = codes * scales.float().repeat_interleave(32, 2)
+    expected = torch.stack([weight[e] @ x[pair // 2] for pair, e in enumerate(ids.flatten().tolist())])
+    assert error(out, expected) < 1e-5

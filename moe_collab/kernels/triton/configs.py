@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -14,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from ...errors import MoeCollabError
 
-__all__ = ["VARIABLE", "Config", "Configs", "choose", "kinds_of", "mix_of"]
+__all__ = ["ANY", "VARIABLE", "Config", "Configs", "choose", "kinds_of", "mix_of", "read", "using"]
 
 VARIABLE = "MOE_COLLAB_TRITON_CONFIGS"
 """Environment variable: a file like configs.json that goes before it."""
-_ANY = "any"
+ANY = "any"
+"""The bits of configs for layers whose own bits have none."""
+_tried: ContextVar[Mapping[str, Config]] = ContextVar("tried", default={})  # noqa: B039  (never changed)
 
 
 class Config(BaseModel):
@@ -36,11 +40,13 @@ class Config(BaseModel):
 
 
 class Configs(RootModel[dict[str, dict[str, dict[str, list[Config]]]]]):
-    """Device name, `cuda` or `hip` -> bits that occur, as `2,4`, or `any` -> kernel -> configs, fewest tokens first."""
+    """Device name, architecture (`sm_90`, `gfx942`), `cuda` or `hip` -> bits that occur, as `2,4`, or `any` ->
+    kernel -> configs, fewest tokens first.
+    """
 
     def find(self, devices: Sequence[str], mix: str, kernel: str, tokens: int) -> Config | None:
         """The first that applies, of the first device, for the very bits if there is one."""
-        for device, bits in product(devices, (mix, _ANY)):
+        for device, bits in product(devices, (mix, ANY)):
             for config in self.root.get(device, {}).get(bits, {}).get(kernel, []):
                 if config.up_to is None or tokens <= config.up_to:
                     return config
@@ -57,12 +63,26 @@ def mix_of(kinds: int) -> str:
     return ",".join(str(b) for b in range(17) if kinds >> b & 1)
 
 
-@cache
+@contextmanager
+def using(configs: Mapping[str, Config]) -> Iterator[None]:
+    """In this thread, `configs` by kernel go before all files."""
+    token = _tried.set({**_tried.get(), **configs})
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
 def choose(devices: tuple[str, ...], kinds: int, kernel: str, tokens: int) -> Config:
-    """The config of a kernel (`gate_up`, `down`, `linear`) for a batch; `devices`: its name and `cuda` or `hip`.
+    """The config of a kernel (`gate_up`, `down`, `linear`) for a batch; `devices`: see `ops.device_names`.
 
     Raises `MoeCollabError` for a file that cannot be read.
     """
+    return _tried.get().get(kernel) or _choose(devices, kinds, kernel, tokens)
+
+
+@cache
+def _choose(devices: tuple[str, ...], kinds: int, kernel: str, tokens: int) -> Config:
     for configs in _files():
         found = configs.find(devices, mix_of(kinds), kernel, tokens)
         if found:
@@ -74,10 +94,11 @@ def choose(devices: tuple[str, ...], kinds: int, kernel: str, tokens: int) -> Co
 def _files() -> tuple[Configs, ...]:
     own = os.environ.get(VARIABLE)
     paths = [Path(own)] if own else []
-    return tuple(_read(path) for path in [*paths, Path(__file__).with_name("configs.json")])
+    return tuple(read(path) for path in [*paths, Path(__file__).with_name("configs.json")])
 
 
-def _read(path: Path) -> Configs:
+def read(path: Path) -> Configs:
+    """Raises `MoeCollabError` for a file that cannot be read."""
     try:
         return Configs.model_validate(json.loads(path.read_text()))
     except (OSError, ValueError, ValidationError) as error:

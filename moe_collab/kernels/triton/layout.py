@@ -38,7 +38,12 @@ class FieldLayout:
 
     def stored_bits(self, spec: TensorSpec) -> int:
         """See the class."""
-        return {TERNARY: 2, 7: 8}.get(spec.num_bits, spec.num_bits)
+        return self.stored(spec.num_bits)
+
+    @staticmethod
+    def stored(num_bits: int) -> int:
+        """What weights of `num_bits` are stored in."""
+        return {TERNARY: 2, 7: 8}.get(num_bits, num_bits)
 
     def num_codes(self, spec: TensorSpec) -> int:
         """Words."""

@@ -139,7 +139,11 @@ def device_names() -> tuple[str, ...]:
     """As configs.json calls the device in use, the most particular name first."""
     if not torch.cuda.is_available():
         return ("cuda",)
-    return torch.cuda.get_device_name(), "cuda" if torch.version.hip is None else "hip"
+    name = torch.cuda.get_device_name()
+    if torch.version.hip is not None:
+        return name, torch.cuda.get_device_properties().gcnArchName.partition(":")[0], "hip"
+    major, minor = torch.cuda.get_device_capability()
+    return name, f"sm_{major}{minor}", "cuda"
 
 
 def _tile(config: Config) -> dict[str, int]:
