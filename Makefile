@@ -64,7 +64,7 @@ bench-cpu: environments .venv/serve/.bench $(KERNELS)
 bench-triton-aot: .venv/serve/.ready
 	$(SERVE)/python -m integration.benchmarks.triton_aot
 
-# On a machine with a GPU, in whatever environment has torch and Triton for it (and pydantic).
+# On a machine with a GPU, in whatever environment has torch and Triton for it (and pydantic and safetensors).
 GPU_PYTHON ?= python3
 bench-gpu:
 	$(GPU_PYTHON) -m integration.benchmarks.gpu

@@ -2,8 +2,9 @@
 
     make bench-gpu
 
-writes `build/bench/gpu.json`. Needs torch, Triton and pydantic alone; of a vLLM that is installed, or lies where --vllm
-says, one file is read. Every call of a layer finds weights of other experts, cold; launches are those of CUDA graphs.
+writes `build/bench/gpu.json`. Needs torch, Triton, pydantic and safetensors alone; of a vLLM that is installed, or lies
+where --vllm says, one file is read. Every call of a layer finds weights of other experts, cold; launches are those of
+CUDA graphs.
 """
 
 from __future__ import annotations
