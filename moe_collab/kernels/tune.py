@@ -31,9 +31,9 @@ from .triton.configs import ANY, VARIABLE, Config, Configs, choose, kinds_of, mi
 from .triton.layout import FieldLayout
 from .triton.trial import Call, Experts, ExpertsShape, Linear, LinearShape, Trial, seconds
 
-T = TypeVar("T")
-
 __all__ = ["LADDERS", "Step", "climb", "main", "steps", "tune"]
+
+T = TypeVar("T")
 
 LADDERS: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64, 128, 256),
@@ -79,23 +79,25 @@ def tune(layers: Layers, tokens: Sequence[int]) -> Iterator[Step]:
         raise MoeCollabError(f"{layers} do not fit this GPU's memory; name smaller ones with --shape.") from error
     found: dict[int, dict[str, Config]] = {count: {} for count in tokens}
     for kernel, count in ((kernel, count) for kernel in trials for count in tokens):
-        start = choose(device_names(), kinds_of(bits), kernel, count)
-        start = start.model_copy(update={"up_to": None})
+        start = choose(device_names(), kinds_of(bits), kernel, count).model_copy(update={"up_to": None})
+        every = [trial.calls(count) for trial in trials[kernel]]
         config, before, after = climb(
-            start, partial(_neighbours, kernel=kernel), partial(_calls, trials[kernel], count, kernel, found[count])
+            start, partial(_neighbours, kernel=kernel), partial(_calls_with, every, kernel, found[count])
         )
         found[count][kernel] = config
         yield Step(kernel, count, config, before, after)
 
 
-def _calls(
-    trials: Sequence[Trial], tokens: int, kernel: str, others: Mapping[str, Config], config: Config
+def _calls_with(
+    every: Sequence[Sequence[Call]], kernel: str, others: Mapping[str, Config], config: Config
 ) -> list[list[Call]]:
-    def with_config(call: Call) -> torch.Tensor:
+    """Each layer's calls, made with these configs."""
+
+    def run(call: Call) -> torch.Tensor:
         with using({**others, kernel: config}):
             return call()
 
-    return [[partial(with_config, call) for call in trial.calls(tokens)] for trial in trials]
+    return [[partial(run, call) for call in calls] for calls in every]
 
 
 def climb(
@@ -180,19 +182,26 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, Layers]]:
     experts, linears = set(options.shape), set(options.linear)
     if not experts and not linears:
         experts, linears = set(_SHAPES), set(_LINEARS)
-    bits = [_ANY_BITS if mix == ANY else tuple(sorted(map(int, mix.split(",")))) for mix in options.bits]
-    return [
-        (mix if mix == ANY else mix_of(kinds_of(b)), Layers(b, options.group_size, experts, linears))
-        for mix, b in zip(options.bits, bits, strict=True)
-    ]
+    every = [Layers(mix or _ANY_BITS, options.group_size, experts, linears) for mix in options.bits]
+    return [(mix_of(kinds_of(mix)) if mix else ANY, layers) for mix, layers in zip(options.bits, every, strict=True)]
 
 
-def _shape(text: str) -> ExpertsShape:
+def shape(text: str) -> ExpertsShape:
+    """Of HIDDENxWIDTHxEXPERTSxTOP_K. This and the next two are named as argparse's errors should name them."""
     return ExpertsShape(*map(int, text.split("x")))
 
 
-def _linear(text: str) -> LinearShape:
+def linear_shape(text: str) -> LinearShape:
+    """Of ROWSxCOLUMNS."""
     return LinearShape(*map(int, text.split("x")))
+
+
+def bits(text: str) -> tuple[int, ...] | None:
+    """Of 2,4, as stored; None of `any`."""
+    found = None if text == ANY else tuple(sorted({FieldLayout.stored(int(b)) for b in text.split(",")}))
+    if found and not set(found) <= {2, 3, 4, 5, 6, 8, 16}:
+        raise ValueError(text)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,10 +209,10 @@ def _parser() -> argparse.ArgumentParser:
         "python -m moe_collab.kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", help="tune for its layers")
-    parser.add_argument("--shape", type=_shape, action="append", default=[], metavar="HIDDENxWIDTHxEXPERTSxTOP_K")
-    parser.add_argument("--linear", type=_linear, action="append", default=[], metavar="ROWSxCOLUMNS")
+    parser.add_argument("--shape", type=shape, action="append", default=[], metavar="HIDDENxWIDTHxEXPERTSxTOP_K")
+    parser.add_argument("--linear", type=linear_shape, action="append", default=[], metavar="ROWSxCOLUMNS")
     parser.add_argument(
-        "--bits", nargs="+", default=[ANY, "2", "3", "4"],
+        "--bits", type=bits, nargs="+", default=[None, (2,), (3,), (4,)],
         help=f"that occur in a layer, such as 2,4; {ANY}: for layers whose bits have no configs of their own",
     )  # fmt: skip
     parser.add_argument("--group-size", type=int, default=128)
@@ -215,16 +224,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tune, print a line for each kernel and batch, store."""
     options = _parser().parse_args(arguments)
-    device = triton.check()
+    device, tokens = triton.check(), sorted(set(options.tokens))
     if options.output.exists():
         read(options.output)  # to learn now, not in an hour, that it is no such file
     for mix, layers in _wanted(options):
         found: dict[str, dict[int, Config]] = {}
-        for step in tune(layers, sorted(options.tokens)):
+        for step in tune(layers, tokens):
             found.setdefault(step.kernel, {})[step.tokens] = step.config
             gain = f"{1e6 * step.before:9.1f} -> {1e6 * step.after:9.1f} us"
             print(f"{mix:8} {step.kernel:8} {step.tokens:5} tokens {gain}  {step.config!r}", flush=True)
-            if len(found[step.kernel]) == len(options.tokens):
+            if len(found[step.kernel]) == len(tokens):
                 _store(options.output, device, mix, step.kernel, found[step.kernel])
     print(f"Use them with: export {VARIABLE}={options.output.absolute()}")
 
