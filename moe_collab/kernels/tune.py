@@ -40,7 +40,7 @@ LADDERS: dict[str, tuple[int, ...]] = {
     "tokens": (8, 16, 32, 64, 128),
     "split": (1, 2, 4, 8, 16),
     "num_warps": (1, 2, 4, 8),
-    "num_stages": (1, 2, 3, 4, 5, 6),
+    "num_stages": (1, 2, 3, 4, 5, 6, 8, 10, 12),
 }
 """What each setting can be."""
 _ANY_BITS = (2, 3, 4)
