@@ -94,7 +94,16 @@ class Bench:
         if "codebook" in parts:
             self._codebook()
         for form, size in product(forms[1:] if "pruning" in parts else (), sizes):
-            self.add("allocation", size, f"ours, pruning {form}", partial(self._ours, size, pruning=form))
+            self.add("allocation", size, f"ours, pruning {form}", partial(self._ours_pruned, size, form))
+
+    def _ours_pruned(self, size: str, form: str) -> dict[str, Any]:
+        """The same as with pruning none where the same is decided: most sizes leave no reason to drop an expert."""
+        budget, none = self.model.budget(size), "ours, pruning none"
+        pruned, whole = self._decide(budget, form), self._decide(budget)
+        if pruned.dropped or pruned.schemes != whole.schemes:
+            return self._ours(size, pruning=form)
+        same = self.add("allocation", size, none, partial(self._ours, size))
+        return {key: value for key, value in same.items() if key not in ("method", "seconds")} | {"same_as": none}
 
     def _ours(self, size: str, **fields: Any) -> dict[str, Any]:
         path = self.model.folder / f"ours-{size}-{fields.get('pruning', 'none')}"
