@@ -27,14 +27,22 @@ from moe_collab.kernels import triton as ours
 from moe_collab.kernels.arena import Arena, Layout
 from moe_collab.kernels.descriptors import TensorSpec
 from moe_collab.kernels.plain import PLAIN
-from moe_collab.kernels.triton.trial import Experts, ExpertsShape, Linear, LinearShape, activations, device, seconds
+from moe_collab.kernels.triton.trial import (
+    EXPERTS,
+    LINEARS,
+    Experts,
+    ExpertsShape,
+    Linear,
+    LinearShape,
+    activations,
+    device,
+    seconds,
+)
 from moe_collab.kernels.tune import climb, steps
 
 from .random_weights import random_weights
 from .vllm_triton import Tile, VllmExperts, find_vllm, kernels_of
 
-EXPERTS = {"qwen3-30b": ExpertsShape(2048, 768, 128, 8), "deepseek-v3": ExpertsShape(7168, 2048, 256, 8)}
-LINEARS = {"qwen3-30b": LinearShape(5120, 2048), "deepseek-v3": LinearShape(4096, 7168)}
 MIXES = ((2,), (3,), (4,), (5,), (6,), (8,), (16,), (2, 3, 4))
 TOKENS = (1, 4, 8, 16, 512, 4096)
 DECODE = 16
@@ -148,7 +156,8 @@ def check_experts(shape: ExpertsShape, bits: Sequence[int]) -> float:
         ids = few.routings(tokens)[0].to(device())
         rest = (None, None, "silu", False, 16)
         exact = reference.fused_experts(x.float(), weights, ids, *plain, *rest)
-        errors.append(_error(ours.fused_experts(specs)(x, weights, ids, *fields, *rest), exact))
+        found = ours.fused_experts(specs)(x, weights, ids, *fields, *rest)
+        errors.append(_error(found, exact, f"{shape}, {bits} bits, {tokens} tokens"))
     return max(errors)
 
 
@@ -160,7 +169,8 @@ def check_linear(shape: LinearShape, bits: Sequence[int]) -> float:
     for tokens in CHECKED:
         x = activations(tokens, shape.columns)
         exact = reference.linear(x.float(), *plain, None, 16, shape.rows)
-        errors.append(_error(ours.linear(specs)(x, *fields, None, 16, shape.rows), exact))
+        found = ours.linear(specs)(x, *fields, None, 16, shape.rows)
+        errors.append(_error(found, exact, f"{shape}, {bits} bits, {tokens} tokens"))
     return max(errors)
 
 
@@ -171,11 +181,12 @@ def _arguments(specs: Sequence[TensorSpec], layout: Layout, shape: tuple[int, ..
     return arena.codes, arena.scales, arena.zero_points, table
 
 
-def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+def _error(found: torch.Tensor, exact: torch.Tensor, what: str) -> float:
     error = float((found.float() - exact).norm() / exact.norm())
     if not error < MOST_ERROR:
         raise MoeCollabError(
-            f"relative error {error:.2e} where {MOST_ERROR:.0e} is allowed: the kernels are wrong here"
+            f"{what}: relative error {error:.2e} where {MOST_ERROR:.0e} is allowed. The kernels are wrong here; please "
+            "report it, and serve with MOE_COLLAB_BACKEND=reference."
         )
     return error
 

@@ -29,7 +29,7 @@ from . import triton
 from .layers import Layers, layers_of
 from .triton.configs import ANY, VARIABLE, Config, Configs, choose, kinds_of, mix_of, read, using
 from .triton.layout import FieldLayout
-from .triton.trial import Call, Experts, ExpertsShape, Linear, LinearShape, Trial, seconds
+from .triton.trial import EXPERTS, LINEARS, Call, Experts, ExpertsShape, Linear, LinearShape, Trial, seconds
 
 __all__ = ["LADDERS", "Step", "climb", "main", "steps", "tune"]
 
@@ -46,8 +46,6 @@ LADDERS: dict[str, tuple[int, ...]] = {
 _ANY_BITS = (2, 3, 4)
 _GAIN = 0.99
 """A config that takes a larger part of the time than this is no better: times vary as much by chance."""
-_SHAPES = (ExpertsShape(2048, 768, 128, 8), ExpertsShape(7168, 2048, 256, 8))
-_LINEARS = (LinearShape(5120, 2048), LinearShape(4096, 7168))
 
 
 class Step(NamedTuple):
@@ -181,7 +179,7 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, Layers]]:
         return [(mix_of(kinds_of(map(FieldLayout.stored, layers.bits))), layers) for layers in found]
     experts, linears = set(options.shape), set(options.linear)
     if not experts and not linears:
-        experts, linears = set(_SHAPES), set(_LINEARS)
+        experts, linears = set(EXPERTS.values()), set(LINEARS.values())
     every = [Layers(mix or _ANY_BITS, options.group_size, experts, linears) for mix in options.bits]
     return [(mix_of(kinds_of(mix)) if mix else ANY, layers) for mix, layers in zip(options.bits, every, strict=True)]
 

@@ -15,7 +15,19 @@ from ..descriptors import Field, TensorSpec
 from . import fused_experts, linear
 from .layout import FieldLayout
 
-__all__ = ["Call", "Experts", "ExpertsShape", "Linear", "LinearShape", "Trial", "activations", "device", "seconds"]
+__all__ = [
+    "EXPERTS",
+    "LINEARS",
+    "Call",
+    "Experts",
+    "ExpertsShape",
+    "Linear",
+    "LinearShape",
+    "Trial",
+    "activations",
+    "device",
+    "seconds",
+]
 
 _COLD_BYTES = 512 << 20
 """What calls in a row read at least: several times what caches hold."""
@@ -61,6 +73,12 @@ class LinearShape(NamedTuple):
 
 def _spec(bits: int, rows: int, columns: int, group: int) -> TensorSpec:
     return TensorSpec(bits, rows, columns) if bits == 16 else TensorSpec(bits, rows, columns, math.gcd(group, columns))
+
+
+EXPERTS = {"qwen3-30b": ExpertsShape(2048, 768, 128, 8), "deepseek-v3": ExpertsShape(7168, 2048, 256, 8)}
+"""Of Qwen3-30B-A3B and DeepSeek-V3: what is tuned and timed unless others are named."""
+LINEARS = {"qwen3-30b": LinearShape(5120, 2048), "deepseek-v3": LinearShape(4096, 7168)}
+"""Theirs: the fused q, k and v, and the shared expert's fused gate and up."""
 
 
 class Trial(Protocol):
