@@ -14,6 +14,7 @@ from .statistics import ExpertStatistics
 __all__ = [
     "CRITERIA",
     "check_mask",
+    "check_masks",
     "importance",
     "kept_experts",
     "scaled_top_k",
@@ -148,3 +149,10 @@ def check_mask(moe: MoEModel, layer: str, dropped: Collection[int]) -> None:
         raise MoeCollabError(
             f"{layer}: a token could reach {sum(live[:chosen])} experts, but {moe.top_k} are activated. Mask fewer."
         )
+
+
+def check_masks(moe: MoEModel) -> None:
+    """Raise `MoeCollabError` if a router could select an expert that is gone."""
+    for layer in moe.layers:
+        if dropped := set(range(layer.num_experts)) - set(layer.live_experts):
+            check_mask(moe, layer.name, dropped)

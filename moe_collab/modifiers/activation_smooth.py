@@ -18,14 +18,14 @@ from ..allocation.budget import format_bytes
 from ..architectures import MoELayer, MoEModel, describe
 from ..calibration import float32_weights, held_out
 from ..errors import MoeCollabError
-from ..pruning import scaled_top_k, wanted_num_experts, whole_groups
+from ..pruning import check_masks, scaled_top_k, wanted_num_experts, whole_groups
 from .activation import OutputMatch, bytes_per_token, kl_by_top_k, output_at
 from .common import calibration_batches, check_data, check_unquantized, is_on_disk, modifiers_of_this_pass
 from .compat import keep_attention_causal
 from .distributed import everyones
 from .expert_pruning import ExpertPruningModifier
 from .routing import RoutingTap
-from .saving import check_masks, install_save
+from .saving import install_save
 from .smoothing import (
     Rescaling,
     norm_and_readers,

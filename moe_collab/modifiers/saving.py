@@ -14,19 +14,19 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..allocation.budget import format_bytes
-from ..architectures import MoEModel, describe
+from ..architectures import describe
 from ..checkpoint.atomic import replace_directory
 from ..checkpoint.groups import write_quantization_config
 from ..checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
 from ..errors import MoeCollabError
 from ..plan import CompressionPlan
-from ..pruning import check_mask
+from ..pruning import check_masks
 from .distributed import is_source_process
 from .naming import checkpoint_names, use_checkpoint_names
 from .schemes import codes_of, is_sound
 from .surgery import sync_config
 
-__all__ = ["check_masks", "expect_plan", "install_save"]
+__all__ = ["expect_plan", "install_save"]
 
 
 def install_save(model: torch.nn.Module) -> None:
@@ -58,13 +58,6 @@ def install_save(model: torch.nn.Module) -> None:
     # llm-compressor wraps again whatever does not carry this mark.
     save_pretrained._overridden = save_pretrained._moe_collab = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
-
-
-def check_masks(moe: MoEModel) -> None:
-    """Raise `MoeCollabError` if a router could select an expert that is gone."""
-    for layer in moe.layers:
-        if dropped := set(range(layer.num_experts)) - set(layer.live_experts):
-            check_mask(moe, layer.name, dropped)
 
 
 _PLAN = "_moe_collab_plan"

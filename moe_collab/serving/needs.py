@@ -23,7 +23,8 @@ def needs_this_package(
     It has none for experts that differ within a layer, and none for experts in packed integers other than 4 and 8
     bits. On CPUs it has one only for 4 bits in groups, routed without groups, and only where the CPU has AMX
     (vLLM 0.32, CPUExpertsInt4). Of other layers it has, on CPUs, a kernel for 4 bits alone, and not everywhere;
-    on GPUs, for 4 and 8 bits. It knows no ternary.
+    on GPUs, for 4 and 8 bits, alike in all parts it fuses: where other layers differ at all, that is looked at layer
+    by layer. It knows no ternary.
     """
     groups = list(quantization.get("config_groups", {}).values())
     targets = [target for group in groups for target in group.get("targets", [])]
@@ -32,32 +33,43 @@ def needs_this_package(
     if _lacks_experts(targets + quantization.get("ignore", []), num_experts):
         return True
     schemes: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
-    others = set()
+    others: set[tuple[Any, ...]] = set()
     for group in groups:
         weights = group.get("weights") or {}
         if _format(group, quantization) != "pack-quantized":
             weights = {}
         keys = ("num_bits", "type", "strategy", "group_size", "symmetric")
+        scheme = tuple(weights.get(key) for key in keys)
         for layer in map(_expert_layer, group.get("targets", [])):
             if layer:
-                schemes[layer].add(tuple(weights.get(key) for key in keys))
+                schemes[layer].add(scheme)
             elif weights.get("type") == "int":
-                others.add(weights["num_bits"])
-    for layer in filter(None, map(_expert_layer, quantization.get("ignore", []))):
-        schemes[layer].add((16,))
-    on_cpu = current_platform.is_cpu()
-    if others - ({4, 8} if not on_cpu else {4} if has_stock_int4() else set()):
+                others.add(scheme)
+    for target in quantization.get("ignore", []):
+        if layer := _expert_layer(target):
+            schemes[layer].add((16,))
+        elif "_proj" in target and others:
+            others.add((16,))
+    return not _has_stock_linears(others) or not _has_stock_experts(list(schemes.values()), grouped_routing)
+
+
+def _has_stock_linears(schemes: set[tuple[Any, ...]]) -> bool:
+    if not current_platform.is_cpu():
+        return len(schemes) < 2 and {scheme[0] for scheme in schemes} <= {4, 8}
+    return {scheme[0] for scheme in schemes} <= ({4, 16} if has_stock_int4() else {16})
+
+
+def _has_stock_experts(layers: list[set[tuple[Any, ...]]], grouped_routing: bool) -> bool:
+    packed = {scheme for schemes in layers for scheme in schemes if scheme[0] not in (16, None)}
+    if not packed:
         return True
-    if all(len(found) == 1 and (16,) in found for found in schemes.values()):
+    if any(len(schemes) > 1 for schemes in layers):
         return False
-    mixed = any(len(found) > 1 for found in schemes.values())
-    bits = {found[0] for layer in schemes.values() for found in layer} - {16, None}
     stock = {4, 8}
-    if on_cpu:
-        strategies = {found[2] for layer in schemes.values() for found in layer if len(found) > 1}
-        served = torch.cpu._is_amx_tile_supported() and strategies == {"group"} and not grouped_routing
-        stock = {4} if served else set()
-    return bool(bits) and (mixed or not bits <= stock)
+    if current_platform.is_cpu():
+        in_groups = all(strategy == "group" for _, _, strategy, *_ in packed)
+        stock = {4} if torch.cpu._is_amx_tile_supported() and in_groups and not grouped_routing else set()
+    return {bits for bits, *_ in packed} <= stock
 
 
 def has_stock_int4() -> bool:

@@ -101,6 +101,13 @@ def test_on_gpus_stock_serves_what_it_has_kernels_for(gpu):
     assert needs_this_package(config((EVERYWHERE, 3)))
 
 
+def test_on_gpus_linear_layers_that_differ_may_be_parts_of_one(gpu):
+    query, key = ([rf"re:.*self_attn\.{part}_proj$"] for part in "qk")
+    assert not needs_this_package(config((query + key, 4), ignore=("lm_head", "re:.*mlp.gate$")))
+    assert needs_this_package(config((query, 4), (key, 8)))
+    assert needs_this_package(config((query, 4), ignore=("lm_head", *key)))
+
+
 @pytest.mark.parametrize(("bits", "ours"), [((4, 4, 4), False), ((8,), False), ((4, 8, 4), True), ((3,), True)])
 def test_on_gpus_linear_layers_are_ours_where_parts_differ_or_bits_are_odd(gpu, bits, ours):
     weights = {"type": "int", "strategy": "group", "group_size": 128}
