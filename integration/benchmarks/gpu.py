@@ -1,10 +1,10 @@
-"""The Triton kernels on the GPU at hand: checked, then timed against copying, bfloat16 and vLLM's 4-bit kernel.
+"""The Triton kernels on the GPU at hand: checked, then timed against copying, bfloat16 and vLLM's Triton kernels.
 
     make bench-gpu
 
 writes `build/bench/gpu.json`. Needs torch, Triton, pydantic and safetensors alone; of a vLLM that is installed, or lies
-where --vllm says, one file is read. Every call of a layer finds weights of other experts, cold; launches are those of
-CUDA graphs.
+where --vllm says, one file is read. Every call finds the weights it reads cold; launches are those of CUDA graphs.
+What fails is named at the end and in the file, which holds everything else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,18 @@ DECODE = 16
 GROUP = 128
 MOST_ERROR = 1e-2
 """Relative, of bfloat16 kernels against float32."""
-CHECKED = (1, 16, 300)
-"""Tokens of the batches that are compared."""
-COMPETITORS = {"vs_vllm_bf16": 16, "vs_vllm_4bit": 4}
-LADDERS = Tile((16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128, 256), (1, 8, 32), (2, 4, 8), (2, 3, 4, 5))
+CHECKED = (1, 16, 300, 1024)
+"""Tokens of the batches that are compared: one for each tile in use."""
+COMPETITORS = {"vs_vllm_bf16": 16, "vs_vllm_triton_4bit": 4}
+"""Not vLLM's Marlin kernels, which it prefers for 4 bits on NVIDIA's."""
+STARTS = (
+    Tile(16, 64, 64, 1, 4, 5),
+    Tile(16, 64, 256, 1, 4, 2),
+    Tile(64, 128, 64, 1, 4, 3),
+    Tile(128, 256, 64, 16, 8, 4),
+)
+"""Where the search for theirs begins: the kinds of tile in vLLM's own files, for few tokens to many."""
+LADDERS = Tile((16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128, 256), (1, 8, 16, 32), (2, 4, 8), (2, 3, 4, 5))
 
 Row = dict[str, Any]
 
@@ -64,7 +72,8 @@ class Bench:
     def __init__(self, path: Path, mixes: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> None:
         self._path, self._mixes, self._tokens = path, mixes, tokens
         self.rows: list[Row] = []
-        self.document = {"machine": machine(), "ceilings": ceilings(), "rows": self.rows}
+        self.errors: list[str] = []
+        self.document = {"machine": machine(), "ceilings": ceilings(), "errors": self.errors, "rows": self.rows}
         print(json.dumps(self.document), flush=True)
 
     def _add(self, key: Row, time: float, read: float, flops: float, error: float, more: Row) -> None:
@@ -75,38 +84,44 @@ class Bench:
         else:
             row["share_of_peak"] = flops / time / ceilings["bf16_flops"]
         self.rows.append(row | more)
-        self._path.write_text(json.dumps(self.document, indent=1) + "\n")
-        print(
-            "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in self.rows[-1].items()), flush=True
-        )
+        self._save()
+        _print(self.rows[-1])
 
-    def experts(self, name: str, shape: ExpertsShape, kernels: Any) -> None:
-        """Rows of one shape; `kernels` are vLLM's, or None."""
-        theirs = {what: self._theirs(kernels, shape, bits) for what, bits in COMPETITORS.items() if kernels}
+    def _save(self) -> None:
+        self._path.write_text(json.dumps(self.document, indent=1) + "\n")
+
+    def attempt(self, what: str, make: Callable[[], None]) -> None:
+        """Whatever goes wrong, the next rows are made all the same."""
+        try:
+            make()
+        except Exception as error:
+            self.errors.append(f"{what}: {type(error).__name__}: {error}")
+            print(f"error: {self.errors[-1]}", flush=True)
+            self._save()
+
+    def experts(self, name: str, shape: ExpertsShape) -> None:
+        """Rows of one shape."""
         per_byte: dict[tuple[int, int], float] = {}
         for bits in self._mixes:
-            error = check_experts(shape, bits)
-            layer = Experts(shape, bits, GROUP)
-            for count in self._tokens:
-                time = seconds(layer.calls(count))
-                read = bytes_by_bits(layer, count)
-                more: Row = {what: by_tokens[count] / time for what, by_tokens in theirs.items()}
-                if len(bits) == 1:
-                    per_byte[bits[0], count] = time / read[bits[0]]
-                elif all((b, count) in per_byte for b in bits):
-                    more["vs_uniform"] = sum(per_byte[b, count] * read[b] for b in bits) / time
-                flops = 6.0 * count * shape.top_k * shape.hidden * shape.width
-                key = {"layer": f"{name} experts", "tokens": count, "bits": ",".join(map(str, bits))}
-                self._add(key, time, sum(read.values()), flops, error, more)
+            self.attempt(f"{name} experts, {bits} bits", partial(self._experts, name, shape, bits, per_byte))
 
-    def _theirs(self, kernels: Any, shape: ExpertsShape, bits: int) -> dict[int, float]:
-        """Seconds of vLLM's kernel, at its best tile, by tokens."""
-        layer, tile, found = VllmExperts(kernels, shape, bits, GROUP), Tile(16, 64, 64), {}
+    def _experts(
+        self, name: str, shape: ExpertsShape, bits: tuple[int, ...], per_byte: dict[tuple[int, int], float]
+    ) -> None:
+        """`per_byte`: seconds by (bits, tokens), of layers alike in bits."""
+        error = check_experts(shape, bits)
+        layer = Experts(shape, bits, GROUP)
         for count in self._tokens:
-            routings = shape.routings(count)
-            tile, _, found[count] = climb(tile, neighbours, lambda t, ids=routings: [layer.calls(ids, t)])  # type: ignore[misc]
-            print(f"vLLM {bits} bits, {count} tokens: {1e6 * found[count]:.1f} us with {tile}", flush=True)
-        return found
+            time = seconds(layer.calls(count))
+            read = bytes_by_bits(layer, count)
+            more: Row = {}
+            if len(bits) == 1:
+                per_byte[bits[0], count] = time / read[bits[0]]
+            elif all((b, count) in per_byte for b in bits):
+                more["vs_uniform"] = sum(per_byte[b, count] * read[b] for b in bits) / time
+            flops = 6.0 * count * shape.top_k * shape.hidden * shape.width
+            key = {"layer": f"{name} experts", "tokens": count, "bits": ",".join(map(str, bits))}
+            self._add(key, time, sum(read.values()), flops, error, more)
 
     def linear(self, name: str, shape: LinearShape) -> None:
         """Rows of one shape, with torch's bfloat16 beside it."""
@@ -116,13 +131,40 @@ class Bench:
             count: seconds([partial(torch.nn.functional.linear, x, w) for w in weights]) for count, x in inputs.items()
         }
         for bits in self._mixes:
-            error = check_linear(shape, bits)
-            layer = Linear(shape, bits, GROUP)
-            for count in self._tokens:
-                time = seconds(layer.calls(count))
-                key = {"layer": f"{name} linear", "tokens": count, "bits": ",".join(map(str, bits))}
-                flops = 2.0 * count * shape.rows * shape.columns
-                self._add(key, time, layer.bytes, flops, error, {"vs_bf16": dense[count] / time})
+            self.attempt(f"{name} linear, {bits} bits", partial(self._linear, name, shape, bits, dense))
+
+    def _linear(self, name: str, shape: LinearShape, bits: tuple[int, ...], dense: dict[int, float]) -> None:
+        error = check_linear(shape, bits)
+        layer = Linear(shape, bits, GROUP)
+        for count in self._tokens:
+            time = seconds(layer.calls(count))
+            key = {"layer": f"{name} linear", "tokens": count, "bits": ",".join(map(str, bits))}
+            flops = 2.0 * count * shape.rows * shape.columns
+            self._add(key, time, layer.bytes, flops, error, {"vs_bf16": dense[count] / time})
+
+    def competitors(self, name: str, shape: ExpertsShape, kernels: Any) -> None:
+        """Put beside the rows of one shape what vLLM's `kernels` take."""
+        for key, bits in COMPETITORS.items():
+            self.attempt(f"vLLM's {bits} bits, {name}", partial(self._competitor, key, name, shape, kernels, bits))
+
+    def _competitor(self, key: str, name: str, shape: ExpertsShape, kernels: Any, bits: int) -> None:
+        """At its best tile for each number of tokens."""
+        layer, best = VllmExperts(kernels, shape, bits, GROUP), []
+        for count in self._tokens:
+            routings = shape.routings(count)
+            starts = list(dict.fromkeys([*best, *STARTS]))
+            tile, _, time = climb(starts, neighbours, lambda t, ids=routings: [layer.calls(ids, t)])  # type: ignore[misc]
+            best = [tile]
+            print(f"vLLM {bits} bits, {count} tokens: {1e6 * time:.1f} us with {tile}", flush=True)
+            for row in self.rows:
+                if (row["layer"], row["tokens"]) == (f"{name} experts", count):
+                    row[key] = 1e6 * time / row["us"]
+                    _print({k: row[k] for k in ("layer", "tokens", "bits", key)})
+            self._save()
+
+
+def _print(row: Row) -> None:
+    print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
 
 
 def neighbours(tile: Tile) -> list[Tile]:
@@ -212,7 +254,7 @@ def ceilings() -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """All rows; the exit status says whether the kernels are right."""
+    """All rows, vLLM's last. Raises `MoeCollabError` in the end if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument(
@@ -227,8 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mixes = [tuple(map(int, bits.split(","))) for bits in options.bits]
     bench = Bench(options.output / "gpu.json", mixes, options.tokens)
     for name in options.shapes:
-        bench.experts(name, EXPERTS[name], kernels)
-        bench.linear(name, LINEARS[name])
+        bench.experts(name, EXPERTS[name])
+        bench.attempt(f"{name} linear", partial(bench.linear, name, LINEARS[name]))
+    if kernels is None:
+        print("vLLM is not installed here, so its times are missing; --vllm names a folder that has it.")
+    for name in options.shapes if kernels else ():
+        bench.competitors(name, EXPERTS[name], kernels)
+    if bench.errors:
+        raise MoeCollabError("\n".join([f"{len(bench.errors)} parts failed:", *bench.errors]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import ast
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,13 +62,16 @@ def kernels_of(vllm: Path, folder: Path) -> Any:
 
 
 class VllmExperts:
-    """A layer of random weights: `bits` 16, or 4 in groups, as `fused_moe_kernel_gptq_awq` wants them."""
+    """Layers of random weights, alike, each call of the next one.
+
+    `bits` are 16, or 4 in groups, as `fused_moe_kernel_gptq_awq` wants them.
+    """
 
     def __init__(self, kernels: Any, shape: ExpertsShape, bits: int, group: int = 128) -> None:
         self.shape, self.bits, self.group = shape, bits, group
         self._kernel = kernels.fused_moe_kernel if bits == 16 else kernels.fused_moe_kernel_gptq_awq
         sizes = ((2 * shape.width, shape.hidden), (shape.hidden, shape.width))
-        self.weights = [self._random(shape.experts, *size) for size in sizes]
+        self.layers = [[self._random(shape.experts, *s) for s in sizes] for _ in range(shape.copies(bits / 8))]
 
     def _random(self, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weights, scales): bfloat16 [experts, rows, columns], or pairs of codes in bytes and a scale for a group."""
@@ -84,12 +89,12 @@ class VllmExperts:
         x, inner = activations(tokens, self.shape.hidden), activations(tokens * top_k, self.shape.width)
         both, out = x.new_empty(tokens * top_k, 2 * self.shape.width), x.new_empty(tokens * top_k, self.shape.hidden)
 
-        def call(blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            self.product(x, both, self.weights[0], blocks, top_k, tile)
-            return self.product(inner, out, self.weights[1], blocks, 1, tile)
+        def call(blocks: tuple[torch.Tensor, ...], layer: list[Any]) -> torch.Tensor:
+            self.product(x, both, layer[0], blocks, top_k, tile)
+            return self.product(inner, out, layer[1], blocks, 1, tile)
 
         every = [aligned(routing.to(x.device), tile.m, self.shape.experts) for routing in ids]
-        return [lambda blocks=blocks: call(blocks) for blocks in every]  # type: ignore[misc]
+        return [partial(call, blocks, layer) for blocks, layer in zip(every, cycle(self.layers), strict=False)]
 
     def product(
         self,

@@ -80,7 +80,7 @@ def tune(layers: Layers, tokens: Sequence[int]) -> Iterator[Step]:
         start = choose(device_names(), kinds_of(bits), kernel, count).model_copy(update={"up_to": None})
         every = [trial.calls(count) for trial in trials[kernel]]
         config, before, after = climb(
-            start, partial(_neighbours, kernel=kernel), partial(_calls_with, every, kernel, found[count])
+            [start], partial(_neighbours, kernel=kernel), partial(_calls_with, every, kernel, found[count])
         )
         found[count][kernel] = config
         yield Step(kernel, count, config, before, after)
@@ -99,15 +99,16 @@ def _calls_with(
 
 
 def climb(
-    start: T, neighbours: Callable[[T], list[T]], calls: Callable[[T], list[list[Call]]]
+    starts: Sequence[T], neighbours: Callable[[T], list[T]], calls: Callable[[T], list[list[Call]]]
 ) -> tuple[T, float, float]:
-    """(a config of which no neighbour is faster, seconds of `start`, its seconds); inf for those that do not run.
+    """(a config of which no neighbour is faster, seconds of the best of `starts`, its seconds); inf: does not run.
 
     `calls` gives, with a config, the calls of each of several layers; what counts is the geometric mean of their times.
-    Raises `MoeCollabError` if neither `start` nor its neighbours run.
+    Raises `MoeCollabError` if neither `starts` nor the neighbours of one of them run.
     """
-    best, before = start, _seconds([calls(start)])[0]
-    after, tried = before, [start]
+    tried = list(starts)
+    before, best = min(zip(_seconds([calls(s) for s in tried]), tried, strict=True), key=lambda pair: pair[0])
+    after = before
     while new := [config for config in neighbours(best) if config not in tried]:
         tried += new
         time, config = min(zip(_seconds([calls(c) for c in new]), new, strict=True), key=lambda pair: pair[0])
@@ -115,7 +116,7 @@ def climb(
             break
         best, after = config, time
     if math.isinf(after):
-        raise MoeCollabError(f"neither tiles of {start} nor their neighbours run on this device.")
+        raise MoeCollabError(f"neither {starts} nor their neighbours run on this device.")
     return best, before, after
 
 

@@ -34,7 +34,7 @@ def test_the_search_ends_where_no_step_is_faster(clock):
     def calls(place):
         return [[lambda: 1.0 + (place[0] - 5) ** 2 + (place[1] + 3) ** 2], [lambda: 2.0]]
 
-    best, before, after = tune.climb((0, 0), neighbours, calls)
+    best, before, after = tune.climb([(0, 0)], neighbours, calls)
     assert best == (5, -3) and before == pytest.approx(math.sqrt(70)) and after == pytest.approx(math.sqrt(2))
 
 
@@ -49,10 +49,10 @@ def test_the_search_goes_around_what_does_not_run(clock):
 
         return [[call]]
 
-    best, before, _ = tune.climb((0, 0), neighbours, calls)
+    best, before, _ = tune.climb([(0, 0)], neighbours, calls)
     assert best == (2, 0) and before == math.inf
     with pytest.raises(MoeCollabError, match="run on this device"):
-        tune.climb((0, 0), lambda place: [], calls)
+        tune.climb([(0, 0)], lambda place: [], calls)
 
 
 def test_an_error_of_the_device_is_no_slow_tile(clock):
@@ -62,7 +62,7 @@ def test_an_error_of_the_device_is_no_slow_tile(clock):
         raise RuntimeError("an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        tune.climb((0, 0), neighbours, lambda place: [[broken]])
+        tune.climb([(0, 0)], neighbours, lambda place: [[broken]])
 
 
 def test_the_layers_of_a_checkpoint(tmp_path):

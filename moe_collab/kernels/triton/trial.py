@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,8 +30,10 @@ __all__ = [
     "seconds",
 ]
 
-_COLD_BYTES = 512 << 20
-"""What calls in a row read at least: several times what caches hold."""
+_CACHED_BYTES = 256 << 20
+"""More than caches hold."""
+_MEASURED_BYTES = 512 << 20
+"""What the calls of one measurement read at least."""
 _MOST_CALLS = 64 if torch.cuda.is_available() else 2
 
 Call = Callable[[], torch.Tensor]
@@ -50,12 +53,16 @@ class ExpertsShape(NamedTuple):
         return [_spec(bits[(e + p) % len(bits)], *sizes[p], group) for e in range(self.experts) for p in range(3)]
 
     def routings(self, tokens: int) -> list[torch.Tensor]:
-        """Experts drawn for each of several calls, int32 [tokens, top_k]; at 2 bits together more than caches hold."""
+        """Experts drawn for each of several calls, int32 [tokens, top_k]."""
         generator = torch.Generator().manual_seed(tokens)
         read = min(tokens * self.top_k, self.experts) * 3 * self.hidden * self.width // 4
-        count = min(max(2, -(-_COLD_BYTES // read)), _MOST_CALLS)
-        scores = torch.rand(count, tokens, self.experts, generator=generator)
+        scores = torch.rand(_num_calls(read), tokens, self.experts, generator=generator)
         return list(scores.topk(self.top_k).indices.int())
+
+    def copies(self, bytes_per_weight: float) -> int:
+        """So many layers alike, taken in turn, that a token's experts are never those that a cache still holds."""
+        read = self.top_k * 3 * self.hidden * self.width * bytes_per_weight
+        return min(math.ceil(_CACHED_BYTES / read), _MOST_CALLS)
 
 
 class LinearShape(NamedTuple):
@@ -73,6 +80,11 @@ class LinearShape(NamedTuple):
 
 def _spec(bits: int, rows: int, columns: int, group: int) -> TensorSpec:
     return TensorSpec(bits, rows, columns) if bits == 16 else TensorSpec(bits, rows, columns, math.gcd(group, columns))
+
+
+def _num_calls(read: int) -> int:
+    """Of a measurement whose calls read so many bytes each."""
+    return min(max(2, -(-_MEASURED_BYTES // read)), _MOST_CALLS)
 
 
 EXPERTS = {"qwen3-30b": ExpertsShape(2048, 768, 128, 8), "deepseek-v3": ExpertsShape(7168, 2048, 256, 8)}
@@ -94,23 +106,24 @@ def device() -> torch.device:
 
 
 class Experts:
-    """The routed experts of one layer; each call chooses other ones at random."""
+    """Layers of routed experts alike; each call is of the next one, and chooses experts at random."""
 
     def __init__(self, shape: ExpertsShape, bits: Sequence[int], group: int = 128) -> None:
         self.shape, self.specs = shape, shape.specs(bits, group)
-        self._arena = _random_arena(self.specs)
-        self._arguments = _arguments(self._arena, (-1, 3))
         self._op = fused_experts(self.specs)
         self.bytes = torch.tensor([_bytes(spec) for spec in self.specs]).view(shape.experts, 3)
         """Of the codes and scales of each expert's gate, up and down."""
+        copies = shape.copies(int(self.bytes.sum()) / sum(spec.rows * spec.columns for spec in self.specs))
+        self._arenas = [_random_arena(self.specs) for _ in range(copies)]
 
     def calls(self, tokens: int) -> list[Call]:
         """See `Trial`; one for each of the shape's routings."""
         x, place = activations(tokens, self.shape.hidden), device()
         weights = torch.rand(tokens, self.shape.top_k, device=place)
-        rest = (*self._arguments, None, None, "silu", False, 16)
-        every = [ids.to(place) for ids in self.shape.routings(tokens)]
-        return [lambda ids=ids: self._op(x, weights, ids, *rest) for ids in every]  # type: ignore[misc]
+        rest = (None, None, "silu", False, 16)
+        layers = cycle([_arguments(arena, (-1, 3)) for arena in self._arenas])
+        every = [(ids.to(place), *next(layers)) for ids in self.shape.routings(tokens)]
+        return [lambda a=a: self._op(x, weights, *a, *rest) for a in every]  # type: ignore[misc]
 
 
 class Linear:
@@ -121,8 +134,7 @@ class Linear:
         self._op = linear(self.specs)
         self.bytes = sum(map(_bytes, self.specs))
         """Of codes and scales."""
-        copies = min(max(2, -(-_COLD_BYTES // self.bytes)), _MOST_CALLS)
-        self._arenas = [_random_arena(self.specs) for _ in range(copies)]
+        self._arenas = [_random_arena(self.specs) for _ in range(_num_calls(self.bytes))]
 
     def calls(self, tokens: int) -> list[Call]:
         """See `Trial`."""
@@ -176,10 +188,10 @@ def seconds(calls: Sequence[Callable[[], object]], rounds: int = 7) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
     found = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # while it runs, the next one is launched: that takes no time of it
         start.record()
         graph.replay()
         end.record()
