@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.platforms import current_platform
@@ -57,8 +57,9 @@ class MoeCollabConfig(CompressedTensorsConfig):
         """
         if isinstance(layer, RoutedExperts):
             schemes = self._expert_schemes(layer, prefix)
-            if current_platform.is_cpu() or not _is_stock(schemes):
+            if current_platform.is_cpu() or not _is_stock(schemes, layer.moe_config):
                 return MixedBitMoEMethod(layer.moe_config, schemes)
+            return super().get_quant_method(layer, schemes.prefix)
         if type(layer) in SERVED:
             names = self._parts(prefix)
             schemes = [self._scheme(layer, name) for name in names]
@@ -108,13 +109,24 @@ def _serves_linear(parts: list[dict[str, Any] | None]) -> bool:
     if any(part and part["format"] == TERNARY_PACKED for part in parts):
         return True
     if not current_platform.is_cpu():
-        return not bits <= {4, 8} or any(part != parts[0] for part in parts)
+        weights = parts[0] and parts[0]["weights"]
+        return not (bits <= {4, 8} and all(part == parts[0] for part in parts) and _suits_marlin(weights))
     return bits != {4} or backend().is_fast or not has_stock_int4()
 
 
-def _is_stock(experts: ExpertSchemes) -> bool:
+def _suits_marlin(weights: Any) -> bool:
+    """Whether vLLM's usual kernel for 4 and 8 bits takes these groups and zero points."""
+    return weights.group_size in (None, -1, 32, 64, 128) and (weights.symmetric or weights.num_bits == 4)
+
+
+def _is_stock(experts: ExpertSchemes, moe: FusedMoEConfig) -> bool:
     """Whether stock vLLM has a GPU kernel for a layer of these experts: all unquantized, or alike in 4 or 8 bits."""
     first = experts.table[0][0]
     if any(scheme != first for schemes in experts.table for scheme in schemes):
         return False
-    return first == DENSE or (first.num_bits in (4, 8) and first.symmetric and first.group_size in (-1, 32, 64, 128))
+    if first == DENSE:
+        return True
+    if first.num_bits not in (4, 8) or not first.symmetric or not _suits_marlin(first):
+        return False
+    width = moe.intermediate_size_per_partition_unpadded
+    return moe.hidden_dim % 128 == 0 and (first.group_size == -1 or width % first.group_size == 0)

@@ -112,7 +112,9 @@ class MixedBitLinearMethod(LinearMethodBase):
             self._activation_bits,
             self._rows,
         )
-        return torch.nn.functional.pad(out, (0, self._padding)).view(*x.shape[:-1], self._rows + self._padding)
+        if self._padding:
+            out = torch.nn.functional.pad(out, (0, self._padding))
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _cuts(layer: Any, sizes: list[int], input_size: int, columns: int) -> list[tuple[int, Cut]]:

@@ -1,9 +1,15 @@
 """Which checkpoints the plugin takes from stock vLLM."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from vllm import envs
+from vllm.config.utils import hash_factors
 
+import moe_collab.serving
 from moe_collab.formats import DENSE, PRUNED, TERNARY, Scheme
 from moe_collab.serving import needs
 from moe_collab.serving.config import MoeCollabConfig, _is_stock, _serves_linear
@@ -135,4 +141,30 @@ def test_on_gpus_linear_layers_are_ours_where_parts_differ_or_bits_are_odd(gpu, 
     ],
 )
 def test_layers_of_experts_that_are_alike_stay_with_stock_kernels(schemes, stock):
-    assert _is_stock(ExpertSchemes("experts", ("g", "u", "d"), [(scheme,) * 3 for scheme in schemes])) == stock
+    experts = ExpertSchemes("experts", ("g", "u", "d"), [(scheme,) * 3 for scheme in schemes])
+    assert _is_stock(experts, _sizes(256, 768)) == stock
+
+
+@pytest.mark.parametrize(("hidden", "width", "stock"), [(256, 704, False), (192, 768, False), (256, 768, True)])
+def test_no_experts_whose_groups_stock_kernels_would_have_to_cut(hidden, width, stock):
+    experts = ExpertSchemes("experts", ("g", "u", "d"), [(Scheme(4, 128),) * 3])
+    assert _is_stock(experts, _sizes(hidden, width)) == stock
+
+
+def _sizes(hidden: int, width: int) -> SimpleNamespace:
+    return SimpleNamespace(hidden_dim=hidden, intermediate_size_per_partition_unpadded=width)
+
+
+@pytest.mark.parametrize(("fields", "ours"), [({"group_size": 16}, True), ({"symmetric": False}, True), ({}, False)])
+def test_on_gpus_linear_layers_are_ours_where_no_stock_kernel_has_their_groups(gpu, fields, ours):
+    weights = QuantizationArgs(**{"num_bits": 8, "type": "int", "strategy": "group", "group_size": 128, **fields})
+    assert _serves_linear([{"format": "pack-quantized", "weights": weights, "input_activations": None}]) == ours
+
+
+def test_compiled_code_is_not_reused_with_another_backend(monkeypatch):
+    """vLLM loads it by this key, without a look at what it holds."""
+    moe_collab.serving.register()
+    before = envs.compile_factors()
+    assert re.fullmatch("[0-9a-f]{64}", before["MOE_COLLAB_FILES"])
+    monkeypatch.setenv("MOE_COLLAB_BACKEND", "reference")
+    assert hash_factors(envs.compile_factors()) != hash_factors(before)
