@@ -52,12 +52,15 @@ def unpack(packed: torch.Tensor, num_bits: int, shape: tuple[int, int], packed_d
             f"packed tensor of shape {list(packed.shape)} cannot hold {rows} x {columns} codes of {num_bits} bits: "
             f"expected [{rows}, {dense}] (or [{rows}, {padded}], the layout before compressed-tensors 0.18)."
         )
-    used = 32 if packed.shape[1] == dense else 32 // num_bits * num_bits
-    shifts = torch.arange(used, dtype=torch.int32, device=packed.device)
-    bits = ((packed[..., None] >> shifts) & 1).reshape(rows, -1)[:, : columns * num_bits]
-    weights = 1 << torch.arange(num_bits, dtype=torch.int32, device=packed.device)
-    codes = (bits.reshape(rows, columns, num_bits) * weights).sum(-1) - (1 << (num_bits - 1))
-    return codes.to(torch.int8)
+    column, per_word = torch.arange(columns, device=packed.device), 32 // num_bits
+    is_dense = packed.shape[1] == dense
+    first_bit = column * num_bits if is_dense else column // per_word * 32 + column % per_word * num_bits
+    word, shift = first_bit // 32, (first_bit % 32).int()
+    beyond = (shift + num_bits - 32).clamp(min=0)  # bits of a code that begin the next word
+    codes = packed[:, word] >> shift & (1 << num_bits - beyond) - 1
+    if 32 % num_bits:
+        codes |= (packed[:, word + (beyond > 0)] & (1 << beyond) - 1) << num_bits - beyond
+    return (codes - (1 << (num_bits - 1))).to(torch.int8)
 
 
 def _check_bits(num_bits: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,8 @@ from .descriptors import Field, TensorSpec
 
 __all__ = ["Arena", "Layout", "allocate"]
 
+_AT_ONCE = 4 << 20
+"""Weights, of a tensor that is unpacked."""
 _HUGE_PAGE = 2 << 20
 
 
@@ -48,20 +50,28 @@ class Cut:
     def __init__(self, shape: tuple[int, int], row: int = 0, column: int = 0) -> None:
         self.shape, self.row, self.column = shape, row, column
 
-    def kept(self, spec: TensorSpec, packed: torch.Tensor) -> torch.Tensor:
-        """Of a checkpoint tensor: signed int8 codes (16 bits: the weights) [spec.rows, spec.columns].
+    def kept(self, spec: TensorSpec, packed: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+        """Of a checkpoint tensor: signed int8 codes (16 bits: the weights) [some rows, spec.columns], on `device`.
 
-        Raises `MoeCollabError` if it does not hold as many.
+        In pieces, top to bottom, because unpacking takes many times their memory. Raises `MoeCollabError` if the tensor
+        does not hold as many.
         """
-        whole = packed
-        if spec.num_bits == TERNARY:
-            whole = unpack_ternary(packed, self.shape, spec.group_size)
-        elif spec.is_packed:
-            whole = unpack(packed, spec.num_bits, self.shape)
-        kept = whole[self.row : self.row + spec.rows, self.column : self.column + spec.columns]
-        if kept.shape != (spec.rows, spec.columns):
-            raise MoeCollabError(f"shape {list(packed.shape)} does not hold {spec.rows} x {spec.columns} weights.")
-        return kept
+        rows_end, columns_end = self.row + spec.rows, self.column + spec.columns
+        width = self.shape[1] if spec.is_packed else packed.shape[-1]
+        if packed.ndim != 2 or rows_end > len(packed) or columns_end > width:
+            raise MoeCollabError(
+                f"shape {list(packed.shape)} does not hold rows {self.row} to {rows_end}, columns {self.column} to "
+                f"{columns_end} of {list(self.shape)} weights."
+            )
+        step = max(1, _AT_ONCE // self.shape[1])
+        for first in range(0, spec.rows, step):
+            rows = min(step, spec.rows - first)
+            stored = packed[self.row + first : self.row + first + rows].to(device)
+            if spec.num_bits == TERNARY:
+                stored = unpack_ternary(stored, (rows, self.shape[1]), spec.group_size)
+            elif spec.is_packed:
+                stored = unpack(stored, spec.num_bits, (rows, self.shape[1]))
+            yield stored[:, self.column : columns_end]
 
 
 class Arena:

@@ -44,16 +44,17 @@ class PlainLayout:
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
         """Unpack, cut, pack."""
-        kept = cut.kept(spec, packed)
-        if spec.num_bits == 16:
-            words = kept.contiguous().view(torch.int32)
-        elif spec.num_bits == TERNARY:
-            trits = pack_ternary(kept, spec.group_size)
-            words = torch.nn.functional.pad(trits, (0, -trits.shape[1] % 4)).view(torch.int32)
-        else:
-            words = pack(kept, spec.num_bits)
         start = int(descriptor[Field.CODES])
-        codes[start : start + words.numel()] = words.flatten()
+        for kept in cut.kept(spec, packed, codes.device):
+            if spec.num_bits == 16:
+                words = kept.contiguous().view(torch.int32)
+            elif spec.num_bits == TERNARY:
+                trits = pack_ternary(kept, spec.group_size)
+                words = torch.nn.functional.pad(trits, (0, -trits.shape[1] % 4)).view(torch.int32)
+            else:
+                words = pack(kept, spec.num_bits)
+            codes[start : start + words.numel()] = words.flatten()
+            start += words.numel()
 
 
 PLAIN = PlainLayout()

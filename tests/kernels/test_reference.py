@@ -5,10 +5,12 @@ import torch
 
 from moe_collab import MoeCollabError
 from moe_collab.formats import TERNARY
+from moe_collab.kernels import arena as arenas
 from moe_collab.kernels.arena import Arena, Cut
 from moe_collab.kernels.descriptors import TensorSpec
 from moe_collab.kernels.plain import PLAIN
 from moe_collab.kernels.reference import fused_experts, linear
+from moe_collab.kernels.triton import FieldLayout
 
 from .layers import expert_specs, load, random_weight
 
@@ -109,8 +111,20 @@ def test_linear_concatenates_its_pieces():
 
 def test_an_arena_refuses_what_does_not_fit():
     arena = Arena([TensorSpec(4, 8, 32, 16)], PLAIN)
-    with pytest.raises(MoeCollabError, match="cannot hold 16 x 32"):
+    with pytest.raises(MoeCollabError, match=r"\[8, 4\] does not hold rows 8 to 16"):
         arena.write_codes(0, torch.zeros(8, 4, dtype=torch.int32), Cut((16, 32), row=8))
+
+
+@pytest.mark.parametrize("layout", [PLAIN, FieldLayout()], ids=["plain", "fields"])
+@pytest.mark.parametrize("num_bits", [TERNARY, 3, 5, 8, 16])
+def test_a_weight_unpacked_in_pieces(monkeypatch, layout, num_bits):
+    weight = random_weight(TensorSpec(num_bits, 40, 352, 32 if num_bits < 16 else 0), torch.Generator().manual_seed(0))
+    found = []
+    for at_once in (1 << 20, 352 * 7):
+        monkeypatch.setattr(arenas, "_AT_ONCE", at_once)
+        found.append(Arena([TensorSpec(num_bits, 30, 320, weight.spec.group_size)], layout))
+        found[-1].write_codes(0, weight.packed, Cut((40, 352), row=9, column=32))
+    assert torch.equal(found[0].codes, found[1].codes)
 
 
 def test_traces_through_the_fake_kernel():

@@ -8,6 +8,8 @@ in narrower ones. A plane is [blocks, rows, DEPTH] words; columns beyond the las
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ...errors import MoeCollabError
@@ -70,26 +72,40 @@ class FieldLayout:
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
         """Unpack, cut, sort into fields."""
-        kept = cut.kept(spec, packed)
-        is_dense = spec.num_bits == 16
-        words = kept.contiguous().view(torch.int32) if is_dense else _fields(kept, self.stored_bits(spec))
         start = int(descriptor[Field.CODES])
-        codes[start : start + words.numel()] = words.flatten()
+        target = codes[start : start + self.num_codes(spec)]
+        planes, first = self._planes(target, spec), 0
+        for kept in cut.kept(spec, packed, codes.device):
+            rows = slice(first, first + len(kept))
+            if spec.num_bits == 16:
+                planes[0][rows] = kept
+            else:
+                _write_fields(kept, self.stored_bits(spec), [plane[:, rows] for plane in planes])
+            first += len(kept)
+
+    def _planes(self, words: torch.Tensor, spec: TensorSpec) -> list[torch.Tensor]:
+        """Views of a weight's words: [blocks, rows, DEPTH] each; of 16 bits, the weight [rows, columns] itself."""
+        bits = self.stored_bits(spec)
+        if bits == 16:
+            return [words.view(torch.bfloat16)[: spec.rows * spec.columns].view(spec.rows, spec.columns)]
+        found, start, size = [], 0, _blocks(spec, bits) * spec.rows * DEPTH
+        for plane in _PLANES[bits]:
+            dtype = _WORDS[32 // _PLANES[bits][0] * plane]
+            count = size * dtype.itemsize // 4
+            found.append(words[start : start + count].view(dtype).view(-1, spec.rows, DEPTH))
+            start += count
+        return found
 
 
-def _fields(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Signed int8 codes [rows, columns] -> int32 words of all planes, one after the other."""
-    planes = _PLANES[num_bits]
-    fields, rows = 32 // planes[0], codes.shape[0]
+def _write_fields(codes: torch.Tensor, num_bits: int, planes: Sequence[torch.Tensor]) -> None:
+    """Signed int8 codes [rows, columns] into planes [blocks, rows, DEPTH]."""
+    fields = 32 // _PLANES[num_bits][0]
     unsigned = codes.int() + (1 << (num_bits - 1))
-    width = fields * DEPTH
-    padded = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % width), value=1 << (num_bits - 1))
-    parts = padded.view(rows, -1, fields, DEPTH).permute(1, 0, 2, 3)
-    found, low = [], 0
-    for bits in planes:
+    padded = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (fields * DEPTH)), value=1 << (num_bits - 1))
+    parts = padded.view(len(codes), -1, fields, DEPTH).permute(1, 0, 2, 3)
+    low = 0
+    for plane, bits in zip(planes, _PLANES[num_bits], strict=True):
         shifts = (torch.arange(fields, device=codes.device) * bits)[:, None]
         # int64 holds all 32 bits; the casts wrap, which keeps the bit pattern.
-        plane = (((parts >> low) & ((1 << bits) - 1)).long() << shifts).sum(2)
-        found.append(plane.to(_WORDS[bits * fields]).contiguous().view(-1).view(torch.int32))
+        plane.copy_((((parts >> low) & ((1 << bits) - 1)).long() << shifts).sum(2).to(plane.dtype))
         low += bits
-    return torch.cat(found)
