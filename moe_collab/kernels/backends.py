@@ -38,6 +38,8 @@ class Backend:
     """Measure, once, what the kernels' speed depends on."""
     widen_ternary: Callable[[Arena, int], bool] = lambda arena, keep_free: False
     """As `cpu.widening.widen_ternary`, where a faster storage of ternary weights exists."""
+    batches: Callable[[Sequence[TensorSpec], int | None], Sequence[int]] = lambda specs, top_k: ()
+    """Numbers of tokens to call an op with once, so that no later call waits for a compiler; top_k None: linear."""
     is_fast: bool = True
 
 
@@ -64,7 +66,13 @@ def backend() -> Backend:
 def _make(name: str) -> Backend:
     """Raises `MoeCollabError` if it does not run here."""
     if name == "triton":
-        return Backend(f"triton ({triton.check()})", triton.FieldLayout(), triton.fused_experts, triton.linear)
+        return Backend(
+            f"triton ({triton.check()})",
+            triton.FieldLayout(),
+            triton.fused_experts,
+            triton.linear,
+            batches=triton.batches,
+        )
     if name == "cpu":
         layout = cpu.TileLayout(ternary_bits=TERNARY)
         ops = torch.ops.moe_collab

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (
+    WNA16_SUPPORTED_TYPES_MAP,
+    WNA16_ZP_SUPPORTED_TYPES_MAP,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+from vllm.model_executor.layers.quantization.utils.marlin_utils import MARLIN_SUPPORTED_GROUP_SIZES
 from vllm.platforms import current_platform
 
 from ..checkpoint.groups import NOTE_KEY, PLUGIN_NOTE
@@ -63,7 +71,7 @@ class MoeCollabConfig(CompressedTensorsConfig):
         if type(layer) in SERVED:
             names = self._parts(prefix)
             schemes = [self._scheme(layer, name) for name in names]
-            if _serves_linear(schemes):
+            if _serves_linear(layer, schemes):
                 return MixedBitLinearMethod(names, [stored_scheme(n, s) for n, s in zip(names, schemes, strict=True)])
         return super().get_quant_method(layer, prefix)
 
@@ -101,7 +109,7 @@ class MoeCollabConfig(CompressedTensorsConfig):
         return stored_scheme(name, described)
 
 
-def _serves_linear(parts: list[dict[str, Any] | None]) -> bool:
+def _serves_linear(layer: torch.nn.Module, parts: list[dict[str, Any] | None]) -> bool:
     """Whether a linear layer with these parts (None = unquantized) is ours."""
     bits = {part["weights"].num_bits if is_packed(part) else part and 0 for part in parts}
     if not bits - {None} or 0 in bits:
@@ -110,13 +118,28 @@ def _serves_linear(parts: list[dict[str, Any] | None]) -> bool:
         return True
     if not current_platform.is_cpu():
         weights = parts[0] and parts[0]["weights"]
-        return not (bits <= {4, 8} and all(part == parts[0] for part in parts) and _suits_marlin(weights))
+        return not (bits <= {4, 8} and all(part == parts[0] for part in parts) and _has_kernel(layer, weights))
     return bits != {4} or backend().is_fast or not has_stock_int4()
 
 
-def _suits_marlin(weights: Any) -> bool:
-    """Whether vLLM's usual kernel for 4 and 8 bits takes these groups and zero points."""
-    return weights.group_size in (None, -1, 32, 64, 128) and (weights.symmetric or weights.num_bits == 4)
+def _has_kernel(layer: Any, weights: QuantizationArgs) -> bool:
+    """Whether vLLM has a kernel on this GPU for this rank's part of such a layer."""
+    columns = getattr(layer, "input_size_per_partition", layer.input_size)
+    types = WNA16_SUPPORTED_TYPES_MAP if weights.symmetric else WNA16_ZP_SUPPORTED_TYPES_MAP
+    group = weights.group_size or -1
+    wanted = MPLinearLayerConfig(
+        full_weight_shape=(layer.input_size, layer.output_size),
+        partition_weight_shape=(columns, getattr(layer, "output_size_per_partition", layer.output_size)),
+        weight_type=types[weights.num_bits],
+        act_type=torch.get_default_dtype(),
+        group_size=group,
+        zero_points=not weights.symmetric,
+    )
+    try:
+        choose_mp_linear_kernel(wanted)
+    except ValueError:
+        return False
+    return group == -1 or columns % group == 0
 
 
 def _is_stock(experts: ExpertSchemes, moe: FusedMoEConfig) -> bool:
@@ -126,7 +149,7 @@ def _is_stock(experts: ExpertSchemes, moe: FusedMoEConfig) -> bool:
         return False
     if first == DENSE:
         return True
-    if first.num_bits not in (4, 8) or not first.symmetric or not _suits_marlin(first):
+    if first.num_bits not in (4, 8) or not first.symmetric or first.group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         return False
     width = moe.intermediate_size_per_partition_unpadded
     return moe.hidden_dim % 128 == 0 and (first.group_size == -1 or width % first.group_size == 0)

@@ -17,6 +17,7 @@ from ..errors import MoeCollabError
 from ..formats import PRUNED, Scheme
 from ..kernels.arena import Cut
 from ..kernels.backends import activation_bits, backend
+from ..kernels.descriptors import TensorSpec
 from .weights import KINDS, CheckpointArena, make_spec
 
 __all__ = ["ExpertSchemes", "MixedBitMoEMethod"]
@@ -27,8 +28,9 @@ logger = init_logger("vllm.moe_collab")
 _USUAL_KV_CACHE = 4 << 30
 _WORKING_MEMORY = 1 << 30
 _SHARDS = {"w1": 0, "w3": 1, "w2": 2}
-# Both have the same mathematics; they differ in how a checkpoint interleaves gate and up, which we keep apart.
-_ACTIVATIONS = {"swigluoai_uninterleave": "swigluoai"}
+# Limit, alpha, beta. vLLM's two activations of this mathematics differ in how a checkpoint interleaves gate and up,
+# which we keep apart; in one of them the numbers are fixed.
+_SWIGLUOAI = (7.0, 1.702, 1.0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, schemes: ExpertSchemes) -> None:
         super().__init__(moe)
         self.schemes = schemes
+        self._activation = _activation(moe, schemes.prefix)
         # Looked up here, as the op below is: torch.compile does not trace the look-up.
         self._activation_bits = activation_bits()
         kv_cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes
@@ -122,11 +125,21 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         self._arena.register(layer)
         layer.arena_table = layer.arena_table.view(-1, 3, layer.arena_table.shape[1])
         self._fused_experts = backend().fused_experts(self._arena.specs)
-        bits = sorted({spec.num_bits for spec in self._arena.specs})
+        specs = self._arena.specs
         del self._arena
         for name in self._placeholders:
             delattr(layer, name)
+        self._compile(layer, specs)
+        bits = sorted({spec.num_bits for spec in specs})
         logger.info_once("moe_collab serves experts of %s bits with backend: %s", str(bits), backend().name)
+
+    def _compile(self, layer: Any, specs: list[TensorSpec]) -> None:
+        """Now, not during the first requests."""
+        top_k, device = self.moe.experts_per_token, layer.arena_codes.device
+        for tokens in backend().batches(specs, top_k):
+            x = torch.zeros(tokens, specs[0].columns, dtype=self.moe.in_dtype, device=device)
+            weights = torch.zeros(tokens, top_k, dtype=torch.float32, device=device)
+            self.apply(layer, x, weights, weights.int(), None, None)
 
     def _check_absent(self, bias: torch.Tensor | None) -> None:
         """Refuse an absent expert that the router, now that its selection bias [experts] is loaded, can select."""
@@ -147,7 +160,6 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """The routed experts' output [tokens, hidden], not yet reduced over ranks."""
-        activation = layer.activation.value
         return self._fused_experts(
             x,
             topk_weights,
@@ -158,10 +170,23 @@ class MixedBitMoEMethod(FusedMoEMethodBase):
             layer.arena_table,
             layer.arena_bias,
             layer.expert_map,
-            _ACTIVATIONS.get(activation, activation),
+            self._activation,
             layer.apply_router_weight_on_input,
             self._activation_bits,
         )
+
+
+def _activation(moe: FusedMoEConfig, prefix: str) -> str:
+    """What the kernels call it. Raises `MoeCollabError` if they do not know it."""
+    name, numbers = moe.activation.value, (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta)
+    if name == "swigluoai" or (name == "swigluoai_uninterleave" and numbers == _SWIGLUOAI):
+        return "swigluoai"
+    if name in ("silu", "gelu", "gelu_tanh") and moe.swiglu_limit is None:
+        return name
+    raise MoeCollabError(
+        f"{prefix}: experts with activation {name}, swiglu_limit, alpha, beta = {numbers} are not served. Quantize "
+        "them alike, in 4 or 8 bits: then vLLM's own kernels serve them on GPUs."
+    )
 
 
 def _global_ids(layer: Any, num_local: int) -> list[int]:

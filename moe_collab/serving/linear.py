@@ -64,7 +64,7 @@ class MixedBitLinearMethod(LinearMethodBase):
             raise MoeCollabError(
                 f"{self.names[0]}: {len(output_partition_sizes)} fused parts, {len(self.names)} names."
             )
-        columns = input_size_per_partition
+        columns, self._dtype = input_size_per_partition, params_dtype
         kept = _cuts(layer, output_partition_sizes, input_size, columns)
         self._cuts = [cut for _, cut in kept]
         specs = [
@@ -93,12 +93,16 @@ class MixedBitLinearMethod(LinearMethodBase):
         """Refuse a checkpoint that lacks a tensor; drop the placeholders."""
         self._arena.check(self.names[0])
         self._arena.register(layer)
-        self._linear = backend().linear(self._arena.specs)
+        specs = self._arena.specs
+        self._linear = backend().linear(specs)
         del self._arena
         for kind in KINDS:
             delattr(layer, kind)
         # Multi-head latent attention asks a layer for one of its weights before it calls `apply`.
         layer.weight_packed = layer.arena_codes
+        for tokens in backend().batches(specs, None):
+            x = torch.zeros(tokens, specs[0].columns, dtype=self._dtype, device=layer.arena_codes.device)
+            self.apply(layer, x, layer.bias)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias, [..., rows of this rank]."""

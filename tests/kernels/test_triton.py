@@ -216,6 +216,20 @@ def test_the_most_particular_tile_is_chosen(monkeypatch, tmp_path):
             cached.cache_clear()
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 8, 200])
+def test_a_few_batches_run_all_that_is_compiled(monkeypatch, top_k):
+    monkeypatch.setattr(ops, "device_names", lambda: ("sm_120", "cuda"))
+    kinds = configs.kinds_of([6])
+
+    def compiled(tokens):
+        tiles = (configs.choose(ops.device_names(), kinds, kernel, tokens) for kernel in ("gate_up", "down"))
+        return *(tile.model_dump_json(exclude={"up_to"}) for tile in tiles), tokens * top_k > ops.SORT_ABOVE
+
+    batches = triton.batches(expert_specs(64, 32, [(6, 6, 6), (0, 0, 0)], 32), top_k)
+    assert len(batches) < 7 and {compiled(t) for t in range(1, 2000)} == set(map(compiled, batches))
+    assert triton.batches([TensorSpec(6, 64, 64, 32)], None)[0] == 1
+
+
 def test_the_backend_by_name(monkeypatch):
     monkeypatch.setenv("MOE_COLLAB_BACKEND", "triton")
     backends.backend.cache_clear()

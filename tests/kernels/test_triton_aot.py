@@ -4,9 +4,17 @@ import pytest
 
 pytest.importorskip("triton")
 from integration.benchmarks.triton_aot import TARGETS, compile_kernel
+from moe_collab.kernels.triton import kernels
 from moe_collab.kernels.triton.ops import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing; test_triton.py needs it")
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down", "combine", "linear"])
+def test_nothing_is_compiled_for_one_size_of_batch(name):
+    kernel = getattr(kernels, f"{name}_kernel")
+    sizes = [p for p in kernel.params if p.name in ("num_pairs", "num_tokens")]
+    assert sizes and all(p.do_not_specialize for p in sizes)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from vllm import envs
 from vllm.config.utils import hash_factors
+from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
 import moe_collab.serving
 from moe_collab.formats import DENSE, PRUNED, TERNARY, Scheme
@@ -98,7 +99,15 @@ def test_nothing_else_is_ours(amx):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    """As far as the choice of a kernel goes."""
+    monkeypatch.setattr(current_platform, "_enum", PlatformEnum.CUDA)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(8, 0))
+
+
+def linear(columns=4096, ranks=1):
+    """A layer of 512 rows, the columns on several ranks."""
+    sizes = {"input_size": columns, "input_size_per_partition": columns // ranks, "output_size": 512}
+    return SimpleNamespace(**sizes, output_size_per_partition=512)
 
 
 def test_on_gpus_stock_serves_what_it_has_kernels_for(gpu):
@@ -121,10 +130,10 @@ def test_on_gpus_linear_layers_are_ours_where_parts_differ_or_bits_are_odd(gpu, 
         {"format": "pack-quantized", "weights": QuantizationArgs(num_bits=b, **weights), "input_activations": None}
         for b in bits
     ]
-    assert _serves_linear(parts) == ours
-    assert not _serves_linear([None] * 3)
+    assert _serves_linear(linear(), parts) == ours
+    assert not _serves_linear(linear(), [None] * 3)
     if not ours:
-        assert _serves_linear([*parts, None])
+        assert _serves_linear(linear(), [*parts, None])
 
 
 @pytest.mark.parametrize(
@@ -155,10 +164,27 @@ def _sizes(hidden: int, width: int) -> SimpleNamespace:
     return SimpleNamespace(hidden_dim=hidden, intermediate_size_per_partition_unpadded=width)
 
 
-@pytest.mark.parametrize(("fields", "ours"), [({"group_size": 16}, True), ({"symmetric": False}, True), ({}, False)])
-def test_on_gpus_linear_layers_are_ours_where_no_stock_kernel_has_their_groups(gpu, fields, ours):
-    weights = QuantizationArgs(**{"num_bits": 8, "type": "int", "strategy": "group", "group_size": 128, **fields})
-    assert _serves_linear([{"format": "pack-quantized", "weights": weights, "input_activations": None}]) == ours
+@pytest.mark.parametrize(
+    ("ranks", "fields", "ours"),
+    [
+        (1, {}, False),
+        (32, {}, False),
+        (64, {}, True),
+        (1, {"group_size": 16}, True),
+        (1, {"num_bits": 8, "symmetric": False}, True),
+        (64, {"strategy": "channel", "group_size": None}, False),
+    ],
+)
+def test_on_gpus_linear_layers_are_ours_where_no_stock_kernel_takes_them(gpu, ranks, fields, ours):
+    weights = QuantizationArgs(**{"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, **fields})
+    part = {"format": "pack-quantized", "weights": weights, "input_activations": None}
+    assert _serves_linear(linear(ranks=ranks), [part]) == ours
+
+
+def test_linear_layers_are_ours_on_gpus_that_lack_a_stock_kernel(gpu, monkeypatch):
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: DeviceCapability(7, 0))
+    weights = QuantizationArgs(num_bits=8, type="int", strategy="group", group_size=128)
+    assert _serves_linear(linear(), [{"format": "pack-quantized", "weights": weights, "input_activations": None}])
 
 
 def test_compiled_code_is_not_reused_with_another_backend(monkeypatch):

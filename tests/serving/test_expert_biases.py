@@ -5,6 +5,7 @@ built here without a model.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from moe_collab import MoeCollabError
 from moe_collab.checkpoint.groups import write_quantization_config
 from moe_collab.formats import dequantize, pack
+from moe_collab.serving import experts
 from moe_collab.serving.config import MoeCollabConfig
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 128, 4, 2
@@ -47,7 +49,7 @@ def checkpoint(tmp_path_factory):
     return json.loads((path / "config.json").read_text())["quantization_config"], tensors, dense
 
 
-def build(quantization, ranks, rank, expert_parallel):
+def build(quantization, ranks, rank, expert_parallel, **changes):
     """The layer of one rank, its weights not loaded yet."""
     tp, ep = (1, ranks) if expert_parallel else (ranks, 1)
     parallel = FusedMoEParallelConfig(
@@ -62,9 +64,9 @@ def build(quantization, ranks, rank, expert_parallel):
         )  # fmt: skip
         config = FusedMoEConfig(
             num_experts=EXPERTS, num_logical_experts=EXPERTS, num_local_experts=experts.local_num_experts,
-            experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=WIDTH, activation=MoEActivation.SWIGLUOAI,
-            device="cpu", routing_method=RoutingMethodType.Renormalize, moe_parallel_config=parallel,
-            in_dtype=torch.float32, has_bias=True,
+            experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=WIDTH, device="cpu",
+            routing_method=RoutingMethodType.Renormalize, moe_parallel_config=parallel, in_dtype=torch.float32,
+            has_bias=True, **{"activation": MoEActivation.SWIGLUOAI, **changes},
         )  # fmt: skip
         return RoutedExperts(
             PREFIX, torch.float32, config, MoeCollabConfig.from_config(quantization), expert_map_manager=experts
@@ -98,6 +100,27 @@ def test_the_ranks_add_up(checkpoint, parallel):
     found = sum(layer.quant_method.apply(layer, x, weights, ids, None, None) for layer in layers)
     wanted = expected(x, weights, ids, dense)
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("activation", [MoEActivation.SILU, MoEActivation.SWIGLUOAI_UNINTERLEAVE])
+def test_a_limit_that_no_kernel_knows_is_refused(checkpoint, activation):
+    with pytest.raises(MoeCollabError, match=rf"{PREFIX}: experts with activation {activation.value}, .*\(10\.0, None"):
+        build(checkpoint[0], 1, 0, False, activation=activation, swiglu_limit=10.0)
+
+
+def test_what_must_be_compiled_runs_while_loading(checkpoint, monkeypatch):
+    quantization, tensors, _ = checkpoint
+    calls = []
+    usual = experts.backend()
+
+    def fused_experts(specs):
+        op = usual.fused_experts(specs)
+        return lambda x, *rest: calls.append((x.shape, x.dtype)) or op(x, *rest)
+
+    eager = replace(usual, fused_experts=fused_experts, batches=lambda specs, top_k: [1, top_k + 1])
+    monkeypatch.setattr(experts, "backend", lambda: eager)
+    load(build(quantization, 2, 1, True), tensors)
+    assert calls == [((1, HIDDEN), torch.float32), ((TOP_K + 1, HIDDEN), torch.float32)]
 
 
 @pytest.mark.parametrize("change", ["missing", "too long"])

@@ -9,10 +9,10 @@ import torch
 
 from ...errors import MoeCollabError
 from ..descriptors import TensorSpec
-from .configs import kinds_of
+from . import configs
 from .layout import FieldLayout
 
-__all__ = ["FieldLayout", "check", "fused_experts", "linear"]
+__all__ = ["FieldLayout", "batches", "check", "fused_experts", "linear"]
 
 _UNITS = (128, 64, 32, 16)
 
@@ -34,7 +34,19 @@ def _constants(specs: Sequence[TensorSpec]) -> dict[str, int]:
     """`kinds` and `unit` of `kernels._product` for these weights."""
     groups = {spec.group_size for spec in specs if spec.is_packed and spec.group_size != spec.columns}
     unit = next(unit for unit in _UNITS if all(group % unit == 0 for group in groups))
-    return {"kinds": kinds_of(map(FieldLayout().stored_bits, specs)), "unit": unit}
+    return {"kinds": configs.kinds_of(map(FieldLayout().stored_bits, specs)), "unit": unit}
+
+
+def batches(specs: Sequence[TensorSpec], top_k: int | None) -> list[int]:
+    """Numbers of tokens: calls with so many together run every kernel that any call can need.
+
+    `top_k` is that of experts; None: the weights are a linear layer's.
+    """
+    from .ops import SORT_ABOVE, device_names
+
+    kernels = ("gate_up", "down") if top_k else ("linear",)
+    found = configs.batches(device_names(), _constants(specs)["kinds"], kernels)
+    return sorted(found | {SORT_ABOVE // top_k + 1} if top_k else found)
 
 
 def fused_experts(specs: Sequence[TensorSpec]) -> Callable[..., torch.Tensor]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from ...errors import MoeCollabError
 
-__all__ = ["ANY", "VARIABLE", "Config", "Configs", "choose", "kinds_of", "mix_of", "read", "using"]
+__all__ = ["ANY", "VARIABLE", "Config", "Configs", "batches", "choose", "kinds_of", "mix_of", "read", "using"]
 
 VARIABLE = "MOE_COLLAB_TRITON_CONFIGS"
 """Environment variable: a file like configs.json that goes before it."""
@@ -44,13 +44,10 @@ class Configs(RootModel[dict[str, dict[str, dict[str, list[Config]]]]]):
     kernel -> configs, fewest tokens first.
     """
 
-    def find(self, devices: Sequence[str], mix: str, kernel: str, tokens: int) -> Config | None:
-        """The first that applies, of the first device, for the very bits if there is one."""
+    def candidates(self, devices: Sequence[str], mix: str, kernel: str) -> Iterator[Config]:
+        """Of the first device first, and for the very bits before others."""
         for device, bits in product(devices, (mix, ANY)):
-            for config in self.root.get(device, {}).get(bits, {}).get(kernel, []):
-                if config.up_to is None or tokens <= config.up_to:
-                    return config
-        return None
+            yield from self.root.get(device, {}).get(bits, {}).get(kernel, [])
 
 
 def kinds_of(bits: Iterable[int]) -> int:
@@ -84,10 +81,16 @@ def choose(devices: tuple[str, ...], kinds: int, kernel: str, tokens: int) -> Co
 @cache
 def _choose(devices: tuple[str, ...], kinds: int, kernel: str, tokens: int) -> Config:
     for configs in _files():
-        found = configs.find(devices, mix_of(kinds), kernel, tokens)
-        if found:
-            return found
+        for config in configs.candidates(devices, mix_of(kinds), kernel):
+            if config.up_to is None or tokens <= config.up_to:
+                return config
     raise AssertionError(f"configs.json has no default for {kernel}")
+
+
+def batches(devices: tuple[str, ...], kinds: int, kernels: Iterable[str]) -> set[int]:
+    """Numbers of tokens from which on other configs may be chosen, 1 among them."""
+    found = (c for file in _files() for kernel in kernels for c in file.candidates(devices, mix_of(kinds), kernel))
+    return {1, *(config.up_to + 1 for config in found if config.up_to)}
 
 
 @cache

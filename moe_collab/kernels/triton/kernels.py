@@ -13,6 +13,8 @@ from .fields import weights_of_field
 
 __all__ = ["combine_kernel", "down_kernel", "gate_up_kernel", "linear_kernel"]
 
+BATCH = ("num_pairs", "num_tokens")
+"""What differs from call to call; Triton would compile anew for 1 and for multiples of 16."""
 FIELDS = tl.constexpr(7)
 """Columns of the descriptor table (`descriptors.Field`)."""
 DEPTH = tl.constexpr(16)
@@ -182,7 +184,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def gate_up_kernel(
     x, factors, ids, order, block_expert, block_start, block_end, expert_map, codes, scales, zero_points, table, bias,
     inner, num_pairs, top_k, hidden, width, bias_stride,
@@ -220,7 +222,7 @@ def gate_up_kernel(
     tl.store(target, result, mask=(row < width)[:, None] & (pairs >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def down_kernel(
     inner, ids, order, block_expert, block_start, block_end, expert_map, codes, scales, zero_points, table, partial,
     num_pairs, hidden, width,
@@ -245,7 +247,7 @@ def down_kernel(
     tl.store(target, result, mask=(row < hidden)[:, None] & (pairs >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def combine_kernel(
     partial, factors, ids, expert_map, table, bias, output, num_pairs, hidden, width, bias_stride,
     ON_INPUT: tl.constexpr, TOP_K: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
@@ -272,7 +274,7 @@ def combine_kernel(
     tl.store(output + token.to(tl.int64) * hidden + row, total.to(output.dtype.element_ty), mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def linear_kernel(
     x, codes, scales, zero_points, table, bias, output, num_tokens, columns, num_rows,
     PIECES: tl.constexpr, KINDS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
