@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from moe_collab.kernels.triton import kernels
 from moe_collab.kernels.triton.configs import choose, kinds_of
+from moe_collab.kernels.triton.layout import BLOCK
 from moe_collab.kernels.triton.ops import SORT_ABOVE
 
 TARGETS = {
@@ -37,7 +38,7 @@ TARGETS = {
 }
 MIXES = [(2,), (3,), (4,), (5,), (6,), (8,), (16,), (2, 3, 4)]
 BATCHES = {"decode": 1, "few": 16, "prefill": 4096}
-_UNIT = 64
+_UNIT = 128
 _POINTERS = {
     "x": "bf16", "inner": "bf16", "output": "bf16", "factors": "fp32", "partial": "fp32", "scales": "bf16",
     "zero_points": "i8", "codes": "i32", "table": "i64", "ids": "i32", "order": "i32", "block_expert": "i32",
@@ -52,9 +53,9 @@ def compile_kernel(target: str, kernel: str, mix: tuple[int, ...], batch: str) -
     gpu, kinds = TARGETS[target], kinds_of(mix)
     tile = choose((target, gpu.backend), kinds, kernel, BATCHES[batch])
     constants = {
-        "KINDS": kinds, "UNIT": _UNIT, "WHOLE": True, "PTX": gpu.backend == "cuda", "ROWS": tile.rows,
-        "TOKENS": tile.tokens, "SPLIT": tile.split, "PIECES": 3, "PAIRS": SORT_ABOVE, "ON_INPUT": False,
-        "ACTIVATION": "silu", "expert_map": None, "bias": None,
+        "KINDS": kinds, "ZEROS": False, "UNIT": _UNIT, "WHOLE": True, "PTX": gpu.backend == "cuda",
+        "ROWS": tile.rows, "TOKENS": tile.tokens, "SPLIT": tile.split, "PIECES": 3, "PAIRS": SORT_ABOVE,
+        "ON_INPUT": False, "ACTIVATION": "silu", "expert_map": None, "bias": None,
     }  # fmt: skip
     if batch != "prefill":
         constants |= dict.fromkeys(("order", "block_expert", "block_start", "block_end"))
@@ -71,21 +72,46 @@ def compile_kernel(target: str, kernel: str, mix: tuple[int, ...], batch: str) -
     compiled = triton.compile(source, target=gpu, options=options)
     row = {"target": target, "kernel": kernel, "bits": list(mix), "batch": batch, "tile": tile.model_dump()}
     row["shared_bytes"] = compiled.metadata.shared
-    return row | (_nvidia(compiled) if gpu.backend == "cuda" else _amd(compiled))
+    if gpu.backend != "cuda":
+        return row | _amd(compiled)
+    # Where few tokens are multiplied, these bound the speed of low bits.
+    weights = tile.rows * (64 if mix == (16,) else BLOCK) / (32 * tile.num_warps)
+    row |= _nvidia(compiled)
+    row["instructions_per_weight"] = round(row.pop("loop") / weights, 2) if len(mix) == 1 else None
+    return row
 
 
-def _nvidia(compiled: Any) -> dict[str, int]:
+def _nvidia(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     return {
         "registers": registers,
         "spilled_bytes": stack + local,
         "matrix_instructions": len(_MATRIX.findall(compiled.asm["ptx"])),
+        "loop": _loop(text),
     }
+
+
+def _loop(text: str) -> int:
+    """Instructions of the shortest loop with a matrix instruction; 0 if the compiler left none."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    found = []
+    for label, instruction in re.findall(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+([^;]*);", text, re.MULTILINE):
+        if label:
+            labels[label] = len(instructions)
+            continue
+        instructions.append(instruction)
+        start = labels.get(instruction.partition("BRA `(")[2].rstrip(") "))
+        if start is not None and any("MMA" in i for i in instructions[start:]):
+            found.append(len(instructions) - start)
+    return min(found, default=0)
 
 
 def _amd(compiled: Any) -> dict[str, int]:

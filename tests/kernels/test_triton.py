@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip("triton")
 from integration.benchmarks import gpu, vllm_triton
 from moe_collab.kernels import triton, tune
 from moe_collab.kernels.triton import configs, ops, trial
-from moe_collab.kernels.triton.fields import PTX_BITS, field_ptx
+from moe_collab.kernels.triton.fields import PTX_BITS, SPARE_PTX, field_ptx, left_of
 from moe_collab.kernels.triton.routing import sort_pairs
 
 pytestmark = pytest.mark.skipif(not ops.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -68,7 +69,7 @@ def test_random_layers(hidden, width, bits, group, tokens, dtype, symmetric):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", list(LIMITS))
 def test_every_kind(bits, dtype):
-    assert_close(256, 64, [(bits, bits, bits)] * 3, 64, 3, 2, dtype, symmetric=bits == TERNARY)
+    assert_close(512, 64, [(bits, bits, bits)] * 3, 64, 3, 2, dtype, symmetric=bits == TERNARY)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swigluoai"])
@@ -141,20 +142,32 @@ def test_groups_that_no_kernel_knows_are_refused():
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("num_bits", PTX_BITS)
 def test_ptx_of_every_field(num_bits, fp16):
-    """Executed here instruction by instruction, since the interpreter knows no PTX."""
+    """Executed here instruction by instruction, since the interpreter knows no PTX; at every place in a word."""
     generator = np.random.default_rng(0)
-    lower = 2 if num_bits == 3 else num_bits
-    fields, magic = 32 // lower, 1024 if fp16 else 128
-    words = generator.integers(0, 1 << 32, 2, dtype=np.uint64)
-    upper = generator.integers(0, 1 << 16, 2, dtype=np.uint64)
-    offset = (1 << (num_bits - 1)) + 1
-    minus = int(as_bits(-float(magic + offset), fp16)) * 0x00010001
-    for field in range(fields):
-        found = run_ptx(field_ptx(num_bits, field, fp16), *map(int, words), minus, int(upper[0] | upper[1] << 16), fp16)
-        for half, word, up in zip(found, words, upper, strict=True):
-            code = int(word) >> (field * lower) & ((1 << lower) - 1)
-            code |= (int(up) >> field & 1) << 2 if num_bits == 3 else 0
-            assert half == code - offset
+    lower = 4 if num_bits > 4 else num_bits
+    for place, above in product(range(17 - lower), range(17 - num_bits + lower)):
+        words, upper = generator.integers(0, 1 << 16, (2, 2))
+        left = left_of(num_bits, place, fp16)
+        minus = -((1024 if fp16 else 128) / 2**left + (1 << (num_bits - 1)) + 1)
+        registers = [pair(*words), pair(*[as_bits(minus, fp16)] * 2), pair(*upper)]
+        for half, word, up in zip(
+            run_ptx(field_ptx(num_bits, lower, place, above, left, fp16), *registers, fp16), words, upper, strict=True
+        ):
+            code = int(word) >> place & ((1 << lower) - 1)
+            code |= (int(up) >> above & ((1 << num_bits - lower) - 1)) << lower
+            assert half == code - (1 << (num_bits - 1)) - 1
+
+
+def test_ptx_of_the_last_bits_of_three_words():
+    planes, spare = [pair(0x7FFF, 0x8001), pair(0x8000, 0x7FFF), pair(0xFFFF, 0x0000)], 0
+    for words in planes:
+        spare = pair(*run_ptx(SPARE_PTX.value, spare, words, 0, False))
+    assert [half >> 13 for half in (spare & 0xFFFF, spare >> 16)] == [0b110, 0b001]
+
+
+def pair(low, high) -> int:
+    """Two halves of a register."""
+    return int(low) | int(high) << 16
 
 
 def as_bits(value: float, fp16: bool) -> int:
@@ -165,20 +178,17 @@ def as_float(bits: int, fp16: bool) -> float:
     return float(np.uint16(bits).view(np.float16)) if fp16 else float(np.uint32(bits << 16).view(np.float32))
 
 
-def run_ptx(code: str, first: int, second: int, minus: int, upper: int, fp16: bool) -> list[float]:
-    """The two floats that a fragment of prmt, shifts, lop3 (and-or), mov and fma leaves in $0."""
-    registers = {"$1": first, "$2": second, "$3": minus, "$4": upper}
+def run_ptx(code: str, words: int, minus: int, upper: int, fp16: bool) -> list[float]:
+    """The two floats that a fragment of shifts, lop3 (and-or), mov and fma leaves in $0; without fma, their bits."""
+    registers = {"$1": words, "$2": minus, "$3": upper}
 
     def value(operand: str) -> int:
         return registers[operand] if operand in registers else int(operand, 0)
 
-    for line in re.findall(r"([a-z][\w.]*) ([^;]*);", code.replace(".reg .b32 t, u;", "")):
+    for line in re.findall(r"([a-z][\w.]*) ([^;]*);", re.sub(r"\.reg .*?;", "", code)):
         name, (target, *operands) = line[0], line[1].split(", ")
         a, b, c = [*map(value, operands), 0, 0][:3]
-        if name == "prmt.b32":
-            pool = a | b << 32
-            result = sum((pool >> 8 * (c >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
-        elif name in ("shr.u32", "shl.b32"):
+        if name in ("shr.u32", "shl.b32"):
             result = a >> b if name == "shr.u32" else a << b & 0xFFFFFFFF
         elif name == "lop3.b32":
             assert value(operands[3]) == (0xF0 & 0xCC) | 0xAA
@@ -191,7 +201,7 @@ def run_ptx(code: str, first: int, second: int, minus: int, upper: int, fp16: bo
             x, y, z = ([as_float(h, fp16) for h in half] for half in zip(*halves, strict=True))
             return [p * q + r for p, q, r in zip(x, y, z, strict=True)]
         registers[target] = result
-    raise AssertionError("no fma")
+    return [registers["$0"] & 0xFFFF, registers["$0"] >> 16]
 
 
 def test_the_most_particular_tile_is_chosen(monkeypatch, tmp_path):

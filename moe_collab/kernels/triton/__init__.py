@@ -14,6 +14,7 @@ from .layout import FieldLayout
 
 __all__ = ["FieldLayout", "batches", "check", "fused_experts", "linear"]
 
+
 _UNITS = (128, 64, 32, 16)
 
 
@@ -31,10 +32,14 @@ def check() -> str:
 
 
 def _constants(specs: Sequence[TensorSpec]) -> dict[str, int]:
-    """`kinds` and `unit` of `kernels._product` for these weights."""
-    groups = {spec.group_size for spec in specs if spec.is_packed and spec.group_size != spec.columns}
-    unit = next(unit for unit in _UNITS if all(group % unit == 0 for group in groups))
-    return {"kinds": configs.kinds_of(map(FieldLayout().stored_bits, specs)), "unit": unit}
+    """`kinds`, `zeros` and `unit` of `kernels._product` for these weights."""
+    packed = [spec for spec in specs if spec.is_packed]
+    groups = {spec.group_size for spec in packed if spec.group_size != spec.columns}
+    return {
+        "kinds": configs.kinds_of(map(FieldLayout().stored_bits, specs)),
+        "zeros": not all(spec.symmetric for spec in packed),
+        "unit": next(unit for unit in _UNITS if all(group % unit == 0 for group in groups)),
+    }
 
 
 def batches(specs: Sequence[TensorSpec], top_k: int | None) -> list[int]:

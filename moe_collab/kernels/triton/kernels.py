@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fields import weights_of_field
+from .fields import DEPTH, weights_of_field, words_of_field
 
 __all__ = ["combine_kernel", "down_kernel", "gate_up_kernel", "linear_kernel"]
 
@@ -17,7 +17,6 @@ BATCH = ("num_pairs", "num_tokens")
 """What differs from call to call; Triton would compile anew for 1 and for multiples of 16."""
 FIELDS = tl.constexpr(7)
 """Columns of the descriptor table (`descriptors.Field`)."""
-DEPTH = tl.constexpr(16)
 DENSE_COLUMNS = tl.constexpr(64)
 
 
@@ -86,36 +85,31 @@ def _dense(x, at, factor, codes, start, columns, row, part, WHOLE: tl.constexpr,
 @triton.jit
 def _packed(
     x, at, factor, codes, scales, zero_points, start, scale_start, zero_start, group_shift, rows, columns, row, part,
-    NUM_BITS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, ON_INPUT: tl.constexpr, PTX: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
+    NUM_BITS: tl.constexpr, ZEROS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    ON_INPUT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """As `_product`, of weights in NUM_BITS."""
-    LOWER: tl.constexpr = 2 if NUM_BITS < 4 else (8 if NUM_BITS == 8 else 4)
-    WORD: tl.constexpr = (NUM_BITS - LOWER) * (32 // LOWER)  # bits of a word of the upper plane
-    UNITS: tl.constexpr = max(1, 32 // LOWER * DEPTH // UNIT)
-    IN_UNIT: tl.constexpr = 32 // LOWER // UNITS
-    blocks = tl.cdiv(columns, 32 // LOWER * DEPTH)
+    UNITS: tl.constexpr = max(1, 16 * DEPTH // UNIT)
+    IN_UNIT: tl.constexpr = 16 // UNITS
+    blocks = tl.cdiv(columns, 16 * DEPTH)
     share = tl.cdiv(blocks, SPLIT)
     depth = tl.arange(0, DEPTH)
     has_zero = tl.where(zero_start < 0, rows, row) < rows
-    lower_words = codes + start
-    upper_words = (lower_words + blocks * rows * DEPTH).to(
-        tl.pointer_type(tl.int8 if WORD == 8 else tl.int16), bitcast=True
-    )
+    first_plane = (codes + start).to(tl.pointer_type(tl.int16), bitcast=True)
+    stride = rows * DEPTH
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for block in range(part * share, tl.minimum(blocks, part * share + share)):
-        word = (block * rows + row)[:, None] * DEPTH + depth[None, :]
-        lower = tl.load(lower_words + word)
-        upper = lower
-        if WORD > 0:
-            upper = tl.load(upper_words + word)
+        planes = first_plane + (block * (NUM_BITS * rows) + row)[:, None] * DEPTH + depth[None, :]
+        words = tl.zeros((ROWS, DEPTH), tl.int16)
+        above, spare = words, words
         for unit in tl.static_range(UNITS):
             first = (block * UNITS + unit) * (IN_UNIT * DEPTH)
             # Of a unit that is all padding any scale will do.
             place = (tl.minimum(first, columns - 1) >> group_shift) * rows + row
             scale = tl.load(scales + scale_start + place).to(tl.float32)
-            zero = tl.load(zero_points + zero_start + place, mask=has_zero, other=0)
-            offset = zero.to(tl.int32) + (1 << (NUM_BITS - 1))
+            offset = tl.full((ROWS,), 1 << (NUM_BITS - 1), tl.int32)
+            if ZEROS:
+                offset += tl.load(zero_points + zero_start + place, mask=has_zero, other=0).to(tl.int32)
             sums = tl.zeros((ROWS, TOKENS), tl.float32)
             for field in tl.static_range(IN_UNIT):
                 column = first + field * DEPTH + depth
@@ -125,7 +119,11 @@ def _packed(
                     inputs = tl.load(x + at[:, None] + column[None, :], mask=(column < columns)[None, :], other=0.0)
                 if ON_INPUT:
                     inputs = (inputs.to(tl.float32) * factor[:, None]).to(inputs.dtype)
-                weight = weights_of_field(lower, upper, offset, inputs, NUM_BITS, unit * IN_UNIT + field, PTX)
+                words, above, spare = words_of_field(
+                    planes, stride, columns - block * (16 * DEPTH), words, above, spare, NUM_BITS,
+                    unit * IN_UNIT + field, WHOLE, PTX,
+                )  # fmt: skip
+                weight = weights_of_field(words, above, offset, inputs, NUM_BITS, unit * IN_UNIT + field, PTX)
                 sums = tl.dot(weight, tl.trans(inputs), sums, input_precision="ieee")
             total += sums * scale[:, None]
     return total
@@ -134,14 +132,14 @@ def _packed(
 @triton.jit
 def _product(
     x, at, factor, codes, scales, zero_points, descriptor, row, part,
-    KINDS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, ON_INPUT: tl.constexpr, PTX: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
+    KINDS: tl.constexpr, ZEROS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    ON_INPUT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of the weight times activations that begin `at` [TOKENS], the `part`-th of SPLIT shares of columns.
 
     float32 [ROWS, TOKENS]; of rows after the last, that one again: to load it costs less than a mask. KINDS has bit b
-    set if weights of b bits occur; UNIT columns lie in one group; WHOLE: the columns fill whole blocks; ON_INPUT:
-    activations are multiplied by `factor` first.
+    set if weights of b bits occur; ZEROS: some have zero points; UNIT columns lie in one group; WHOLE: the columns fill
+    whole blocks; ON_INPUT: activations are multiplied by `factor` first.
     """
     bits = tl.load(descriptor)
     group = tl.load(descriptor + 1)
@@ -160,7 +158,7 @@ def _product(
             if bits == b:
                 total = _packed(
                     x, at, factor, codes, scales, zero_points, start, scale_start, zero_start, group_shift,
-                    rows, columns, row, part, b, UNIT, WHOLE, ON_INPUT, PTX, ROWS, TOKENS, SPLIT,
+                    rows, columns, row, part, b, ZEROS, UNIT, WHOLE, ON_INPUT, PTX, ROWS, TOKENS, SPLIT,
                 )  # fmt: skip
     if (KINDS >> 16) & 1:  # noqa: SIM102
         if bits == 16:
@@ -188,8 +186,9 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 def gate_up_kernel(
     x, factors, ids, order, block_expert, block_start, block_end, expert_map, codes, scales, zero_points, table, bias,
     inner, num_pairs, top_k, hidden, width, bias_stride,
-    ON_INPUT: tl.constexpr, ACTIVATION: tl.constexpr, PAIRS: tl.constexpr, KINDS: tl.constexpr,
-    UNIT: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    ON_INPUT: tl.constexpr, ACTIVATION: tl.constexpr, PAIRS: tl.constexpr, KINDS: tl.constexpr, ZEROS: tl.constexpr,
+    UNIT: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """inner [pairs, width] = act(gate x) * up x; grid (blocks of rows, pairs or sorted blocks)."""
     expert, pairs = _pairs_of_program(
@@ -210,7 +209,7 @@ def gate_up_kernel(
         gate = up
         up = _product(
             x, at, factor, codes, scales, zero_points, descriptor, row, 0,
-            KINDS, UNIT, WHOLE, ON_INPUT, PTX, ROWS, TOKENS, 1,
+            KINDS, ZEROS, UNIT, WHOLE, ON_INPUT, PTX, ROWS, TOKENS, 1,
         )  # fmt: skip
         descriptor += FIELDS
     if bias is not None:
@@ -226,7 +225,7 @@ def gate_up_kernel(
 def down_kernel(
     inner, ids, order, block_expert, block_start, block_end, expert_map, codes, scales, zero_points, table, partial,
     num_pairs, hidden, width,
-    PAIRS: tl.constexpr, KINDS: tl.constexpr, UNIT: tl.constexpr,
+    PAIRS: tl.constexpr, KINDS: tl.constexpr, ZEROS: tl.constexpr, UNIT: tl.constexpr,
     WHOLE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """partial [SPLIT, pairs, hidden] = shares of down inner; grid (blocks of rows, pairs or sorted blocks, SPLIT)."""
@@ -241,7 +240,7 @@ def down_kernel(
     descriptor = table + expert.to(tl.int64) * (3 * FIELDS) + 2 * FIELDS
     result = _product(
         inner, tl.maximum(pairs, 0).to(tl.int64) * width, pairs, codes, scales, zero_points, descriptor, row, part,
-        KINDS, UNIT, WHOLE, False, PTX, ROWS, TOKENS, SPLIT,
+        KINDS, ZEROS, UNIT, WHOLE, False, PTX, ROWS, TOKENS, SPLIT,
     )  # fmt: skip
     target = partial + (part.to(tl.int64) * num_pairs + pairs)[None, :] * hidden + row[:, None]
     tl.store(target, result, mask=(row < hidden)[:, None] & (pairs >= 0)[None, :])
@@ -277,7 +276,8 @@ def combine_kernel(
 @triton.jit(do_not_specialize=BATCH)
 def linear_kernel(
     x, codes, scales, zero_points, table, bias, output, num_tokens, columns, num_rows,
-    PIECES: tl.constexpr, KINDS: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr,
+    PIECES: tl.constexpr, KINDS: tl.constexpr, ZEROS: tl.constexpr, UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PTX: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """output [tokens, num_rows] = x W^T + bias of a weight in PIECES; grid (blocks of rows of pieces, of tokens)."""
@@ -296,7 +296,7 @@ def linear_kernel(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     result = _product(
         x, tl.minimum(token, num_tokens - 1).to(tl.int64) * columns, token, codes, scales, zero_points,
-        table + piece * FIELDS, row, 0, KINDS, UNIT, WHOLE, False, PTX, ROWS, TOKENS, 1,
+        table + piece * FIELDS, row, 0, KINDS, ZEROS, UNIT, WHOLE, False, PTX, ROWS, TOKENS, 1,
     )  # fmt: skip
     if bias is not None:
         result += tl.load(bias + before + row, mask=row < rows, other=0.0)[:, None]

@@ -1,14 +1,18 @@
-"""How weights lie in GPU memory: fields of words, so that a tile of words is a run of whole 16-byte loads.
+"""How weights lie in GPU memory: planes of 16-bit words, so that a tile of words is a run of whole 16-byte loads.
 
-A *block* is as many times DEPTH columns as a word has fields. Word i of a row holds the block's columns i, DEPTH + i,
-2 DEPTH + i...: field j of all words is a contiguous run of DEPTH columns, and meets as many contiguous activations.
-Bits are split into *planes* of 8, 4, 2 or 1 bits with as many fields each: the widest in words of 32 bits, the others
-in narrower ones. A plane is [blocks, rows, DEPTH] words; columns beyond the last are codes of zero.
+A *block* is 16 times DEPTH columns of a weight: 16 *fields*, field f its columns f DEPTH, f DEPTH + 1... Word i of a
+row holds column i of as many fields as fit, so a field of all words is a contiguous run of columns and meets as many
+contiguous activations; two neighbouring words, as one register holds them, are two neighbouring weights at each place.
+A block takes as many planes of words [rows, DEPTH] as weights have bits:
+
+    2, 4, 8 bits   8, 4 or 2 fields a plane
+    3 bits         5 fields a plane; the three bits of field 15 are the last of each
+    5, 6 bits      before planes of the lower 4 bits, one or two with the upper bits of 16 or 8 fields
+
+Columns beyond the last are codes of zero; planes of nothing else, at the end, are not stored.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -17,23 +21,21 @@ from ...formats import TERNARY
 from ..arena import Cut
 from ..descriptors import Field, TensorSpec
 
-__all__ = ["DEPTH", "WIDEST_BLOCK", "FieldLayout"]
+__all__ = ["BLOCK", "DEPTH", "FieldLayout"]
 
 DEPTH = 16
-"""Columns of one matrix instruction."""
-WIDEST_BLOCK = 16 * DEPTH
-
-# Bits of each plane, from the lowest bits of a code up; `kernels._packed` goes by the same rule.
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-_WORDS = {32: torch.int32, 16: torch.int16, 8: torch.int8}
-
-
-def _blocks(spec: TensorSpec, num_bits: int) -> int:
-    return -(-spec.columns // (32 // _PLANES[num_bits][0] * DEPTH))
+"""Columns of a field, as of one matrix instruction."""
+BLOCK = 16 * DEPTH
+"""Columns of a block."""
+_WORD = 16
+"""Bits."""
 
 
 class FieldLayout:
-    """int32 words; scales [groups, rows], bfloat16 while exact. Ternary is stored in 2 bits, 7 bits in 8."""
+    """int32 words, two of 16 bits each; scales [groups, rows], bfloat16 while exact.
+
+    Ternary is stored in 2 bits, 7 bits in 8.
+    """
 
     codes_dtype = torch.int32
     scales_dtype = torch.bfloat16
@@ -52,7 +54,10 @@ class FieldLayout:
         bits = self.stored_bits(spec)
         if bits in (0, 16):
             return -(-spec.rows * spec.columns * bits // 32 // 4) * 4
-        return _blocks(spec, bits) * spec.rows * DEPTH * bits // _PLANES[bits][0]
+        whole, rest = divmod(spec.columns, BLOCK)
+        lower = _lower(bits)
+        planes = min(bits, bits - lower + -(-rest // (_WORD // lower * DEPTH))) if rest else 0
+        return (whole * bits + planes) * spec.rows * DEPTH // 2
 
     def num_scales(self, spec: TensorSpec) -> int:
         """One per group. Raises `MoeCollabError` for group sizes that the kernels do not know."""
@@ -72,40 +77,37 @@ class FieldLayout:
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
         """Unpack, cut, sort into fields."""
-        start = int(descriptor[Field.CODES])
-        target = codes[start : start + self.num_codes(spec)]
-        planes, first = self._planes(target, spec), 0
+        start, first = int(descriptor[Field.CODES]), 0
+        words = codes[start : start + self.num_codes(spec)]
         for kept in cut.kept(spec, packed, codes.device):
             rows = slice(first, first + len(kept))
             if spec.num_bits == 16:
-                planes[0][rows] = kept
+                dense = words.view(torch.bfloat16)[: spec.rows * spec.columns]
+                dense.view(spec.rows, spec.columns)[rows] = kept
             else:
-                _write_fields(kept, self.stored_bits(spec), [plane[:, rows] for plane in planes])
+                planes = words.view(torch.int16).view(-1, spec.rows, DEPTH)
+                planes[:, rows] = _planes(kept, self.stored_bits(spec))[: len(planes)]
             first += len(kept)
 
-    def _planes(self, words: torch.Tensor, spec: TensorSpec) -> list[torch.Tensor]:
-        """Views of a weight's words: [blocks, rows, DEPTH] each; of 16 bits, the weight [rows, columns] itself."""
-        bits = self.stored_bits(spec)
-        if bits == 16:
-            return [words.view(torch.bfloat16)[: spec.rows * spec.columns].view(spec.rows, spec.columns)]
-        found, start, size = [], 0, _blocks(spec, bits) * spec.rows * DEPTH
-        for plane in _PLANES[bits]:
-            dtype = _WORDS[32 // _PLANES[bits][0] * plane]
-            count = size * dtype.itemsize // 4
-            found.append(words[start : start + count].view(dtype).view(-1, spec.rows, DEPTH))
-            start += count
-        return found
+
+def _lower(num_bits: int) -> int:
+    """Bits that a field has in the planes that come last; `kernels._packed` goes by the same rule."""
+    return 4 if num_bits in (5, 6) else num_bits
 
 
-def _write_fields(codes: torch.Tensor, num_bits: int, planes: Sequence[torch.Tensor]) -> None:
-    """Signed int8 codes [rows, columns] into planes [blocks, rows, DEPTH]."""
-    fields = 32 // _PLANES[num_bits][0]
-    unsigned = codes.int() + (1 << (num_bits - 1))
-    padded = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (fields * DEPTH)), value=1 << (num_bits - 1))
-    parts = padded.view(len(codes), -1, fields, DEPTH).permute(1, 0, 2, 3)
-    low = 0
-    for plane, bits in zip(planes, _PLANES[num_bits], strict=True):
-        shifts = (torch.arange(fields, device=codes.device) * bits)[:, None]
-        # int64 holds all 32 bits; the casts wrap, which keeps the bit pattern.
-        plane.copy_((((parts >> low) & ((1 << bits) - 1)).long() << shifts).sum(2).to(plane.dtype))
-        low += bits
+def _planes(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Signed int8 codes [rows, columns] -> all planes, int16 [blocks * num_bits, rows, DEPTH]."""
+    lower, zero = _lower(num_bits), 1 << (num_bits - 1)
+    padded = torch.nn.functional.pad(codes.int() + zero, (0, -codes.shape[1] % BLOCK), value=zero)
+    fields = padded.view(len(codes), -1, 16, DEPTH).permute(2, 1, 0, 3)  # [16, blocks, rows, DEPTH]
+
+    def words(parts: torch.Tensor, bits: int) -> list[torch.Tensor]:
+        """Of all parts [16, ...], as many as fit in each."""
+        return [sum(part << bits * i for i, part in enumerate(some)) for some in parts.split(_WORD // bits)]
+
+    found = words(fields >> lower, num_bits - lower) if num_bits > lower else []
+    if num_bits == 3:
+        found += [word | (fields[15] >> p & 1) << 15 for p, word in enumerate(words(fields[:15], 3))]
+    else:
+        found += words(fields & (1 << lower) - 1, lower)
+    return torch.stack(found, 1).flatten(0, 1).to(torch.int16)  # the cast wraps, which keeps the bit pattern

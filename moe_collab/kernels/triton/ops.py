@@ -11,7 +11,7 @@ import triton
 from ..reference import check_experts
 from .configs import Config, choose
 from .kernels import combine_kernel, down_kernel, gate_up_kernel, linear_kernel
-from .layout import WIDEST_BLOCK
+from .layout import BLOCK
 from .routing import sort_pairs
 
 __all__ = ["INTERPRETED", "SORT_ABOVE", "device_names", "fused_experts", "linear"]
@@ -39,13 +39,14 @@ def fused_experts(
     apply_router_weight_on_input: bool,
     activation_bits: int,
     kinds: int,
+    zeros: bool,
     unit: int,
     width: int,
 ) -> torch.Tensor:
     """As `reference.fused_experts`, of arenas in `FieldLayout`.
 
-    What a launch must know and the device's table knows: `kinds` and `unit` as in `kernels._product`; `width`, rows of
-    gate.
+    What a launch must know and the device's table knows: `kinds`, `zeros`, `unit` as in `kernels._product`; `width`,
+    rows of gate.
     """
     check_experts(x, topk_weights, topk_ids, codes, table, activation)
     (num_tokens, hidden), top_k = x.shape, topk_ids.shape[1]
@@ -57,6 +58,7 @@ def fused_experts(
     shared: dict[str, Any] = {
         "PAIRS": SORT_ABOVE,
         "KINDS": kinds,
+        "ZEROS": zeros,
         "UNIT": unit,
         "PTX": _has_ptx(x),
     }
@@ -75,14 +77,14 @@ def fused_experts(
     gate_up_kernel[(triton.cdiv(width, gate_up.rows), count)](
         x, factors, ids, *places, expert_map, *arenas, bias, inner,
         num_pairs, top_k, hidden, width, 2 * width + hidden,
-        ON_INPUT=apply_router_weight_on_input, ACTIVATION=activation, WHOLE=hidden % WIDEST_BLOCK == 0,
+        ON_INPUT=apply_router_weight_on_input, ACTIVATION=activation, WHOLE=hidden % BLOCK == 0,
         **shared, **_tile(gate_up),
     )  # fmt: skip
     partial = torch.empty(down.split, num_pairs, hidden, dtype=torch.float32, device=x.device)
     count, places = programs(down)
     down_kernel[(triton.cdiv(hidden, down.rows), count, down.split)](
         inner, ids, *places, expert_map, *arenas, partial, num_pairs, hidden, width,
-        WHOLE=width % WIDEST_BLOCK == 0, SPLIT=down.split, **shared, **_tile(down),
+        WHOLE=width % BLOCK == 0, SPLIT=down.split, **shared, **_tile(down),
     )  # fmt: skip
     output = torch.empty_like(x)
     combine_kernel[(num_tokens, triton.cdiv(hidden, _COMBINED_ROWS))](
@@ -109,6 +111,7 @@ def linear(
     activation_bits: int,
     num_rows: int,
     kinds: int,
+    zeros: bool,
     unit: int,
 ) -> torch.Tensor:
     """As `reference.linear`; see `fused_experts`."""
@@ -118,14 +121,14 @@ def linear(
     if num_tokens:
         linear_kernel[(triton.cdiv(num_rows, tile.rows) + pieces - 1, triton.cdiv(num_tokens, tile.tokens))](
             x.contiguous(), codes, scales, zero_points, table, bias, output, num_tokens, columns, num_rows,
-            PIECES=pieces, KINDS=kinds, UNIT=unit, WHOLE=columns % WIDEST_BLOCK == 0,
+            PIECES=pieces, KINDS=kinds, ZEROS=zeros, UNIT=unit, WHOLE=columns % BLOCK == 0,
             PTX=_has_ptx(x), **_tile(tile),
         )  # fmt: skip
     return output
 
 
 @linear.register_fake
-def _(x, codes, scales, zero_points, table, bias, activation_bits, num_rows, kinds, unit):  # type: ignore[no-untyped-def]
+def _(x, codes, scales, zero_points, table, bias, activation_bits, num_rows, kinds, zeros, unit):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], num_rows)
 
 
