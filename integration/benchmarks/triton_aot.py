@@ -108,7 +108,7 @@ def _loop(text: str) -> int:
             labels[label] = len(instructions)
             continue
         instructions.append(instruction)
-        start = labels.get(instruction.partition("BRA `(")[2].rstrip(") "))
+        start = labels.get(instruction.partition("`(")[2].rstrip(") ")) if "BRA" in instruction else None
         if start is not None and any("MMA" in i for i in instructions[start:]):
             found.append(len(instructions) - start)
     return min(found, default=0)
