@@ -74,7 +74,7 @@ def compile_kernel(target: str, kernel: str, mix: tuple[int, ...], batch: str) -
     row["shared_bytes"] = compiled.metadata.shared
     if gpu.backend != "cuda":
         return row | _amd(compiled)
-    # Where few tokens are multiplied, these bound the speed of low bits.
+    # A thread's share of the weights that one turn of the loop takes.
     weights = tile.rows * (64 if mix == (16,) else BLOCK) / (32 * tile.num_warps)
     row |= _nvidia(compiled)
     row["instructions_per_weight"] = round(row.pop("loop") / weights, 2) if len(mix) == 1 else None

@@ -228,7 +228,7 @@ def test_the_most_particular_tile_is_chosen(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("top_k", [1, 3, 8, 200])
 def test_a_few_batches_run_all_that_is_compiled(monkeypatch, top_k):
-    monkeypatch.setattr(ops, "device_names", lambda: ("sm_120", "cuda"))
+    monkeypatch.setattr(ops, "device_names", lambda: ("sm_80", "cuda"))
     kinds = configs.kinds_of([6])
 
     def compiled(tokens):

@@ -91,7 +91,7 @@ class FieldLayout:
 
 
 def _lower(num_bits: int) -> int:
-    """Bits that a field has in the planes that come last; `kernels._packed` goes by the same rule."""
+    """Bits that a field has in the planes that come last; `fields.py` goes by the same rule."""
     return 4 if num_bits in (5, 6) else num_bits
 
 
