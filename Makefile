@@ -39,7 +39,7 @@ test-compress: .venv/compress/.ready $(KERNELS)
 
 test-serve: .venv/serve/.ready $(KERNELS)
 	$(SERVE)/python -m pytest tests --ignore tests/modifiers --ignore tests/integration
-	TRITON_INTERPRET=1 $(SERVE)/python -m pytest tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 $(SERVE)/python -m pytest tests/kernels/test_triton*.py
 	TRITON_INTERPRET=1 MOE_COLLAB_BACKEND=triton $(SERVE)/python -m pytest tests/serving/test_expert_biases.py
 
 # The kernels' tests with every access checked: a copy of the package, so that the installed library stays as it is.

@@ -90,7 +90,7 @@ def run_oneshot(
     from llmcompressor import oneshot
     from llmcompressor.utils import load_context
 
-    from moe_collab.modifiers.compat import keep_attention_causal
+    from moe_collab.modifiers.glue.compat import keep_attention_causal
 
     with load_context(model_class):
         model = model_class.from_pretrained(source, dtype="auto")

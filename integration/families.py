@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import moe_collab
-from moe_collab.architectures import describe
 from moe_collab.checkpoint.load import write_dense_twin
 from moe_collab.checkpoint.reader import Checkpoint
+from moe_collab.moe_model import describe
 from moe_collab.plan import CompressionPlan
 
 from .compress import checkpoint_size, log_warnings_only, recipe, run_oneshot

@@ -14,7 +14,7 @@ from .checkpoint.atomic import replace_text
 from .errors import MoeCollabError
 from .formats import Scheme
 
-__all__ = ["CompressionPlan", "fingerprint"]
+__all__ = ["CompressionPlan", "description_digest"]
 
 
 class CompressionPlan(BaseModel):
@@ -39,7 +39,7 @@ class CompressionPlan(BaseModel):
     expert_bpw: float = Field(gt=0)
     """Bits per weight of the routed experts that there were before."""
     predicted_kl: float = Field(ge=0)
-    """Sum of the measured costs, in nats per token: an estimate; with `speed`, that term included."""
+    """Sum of the measured costs, in nats per token: an estimate."""
     bound_kl: float = Field(ge=0)
     """No allocation of these options within the budget has a smaller sum of costs."""
     heldout_kl: float | None = None
@@ -80,6 +80,6 @@ class CompressionPlan(BaseModel):
                 )
 
 
-def fingerprint(description: Mapping[str, Any]) -> str:
+def description_digest(description: Mapping[str, Any]) -> str:
     """Twelve hex digits that change with any JSON-able part of `description`."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]

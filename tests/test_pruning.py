@@ -1,12 +1,9 @@
 """Importance and selection, against numbers worked out by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from moe_collab import MoeCollabError
-from moe_collab.architectures import Family
 from moe_collab.pruning import (
     CRITERIA,
     importance,
@@ -17,14 +14,8 @@ from moe_collab.pruning import (
     wanted_num_experts,
     whole_groups,
 )
+from moe_collab.routers import RouterLimits
 from moe_collab.statistics import ExpertStatistics, SavedStatistics, routed_weights
-
-
-def moe(num_experts=8, top_k=2, n_group=1, topk_group=1):
-    reach = lambda kept: kept // n_group * topk_group  # noqa: E731
-    return SimpleNamespace(
-        family=Family(()), num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group, reachable=reach
-    )
 
 
 def seen(routed, num_experts=3, num_domains=1):
@@ -90,13 +81,13 @@ def test_statistics_are_stored_whole(tmp_path):
 
 
 def test_masked_choice_takes_the_lowest_that_the_router_can_miss():
-    moe_model = moe(num_experts=8, top_k=2, n_group=2, topk_group=1)
+    limits = RouterLimits(num_experts=8, top_k=2, n_group=2, topk_group=1)
     scores = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])
-    assert unmasked_experts(moe_model, "layer", scores, 6) == [0, 1, 2, 3, 6, 7]
+    assert unmasked_experts(limits, "layer", scores, 6) == [0, 1, 2, 3, 6, 7]
     # A group of four whose two best must stay, so the other group has to give.
-    assert unmasked_experts(moe_model, "layer", scores, 5) == [0, 1, 2, 6, 7]
+    assert unmasked_experts(limits, "layer", scores, 5) == [0, 1, 2, 6, 7]
     with pytest.raises(MoeCollabError, match="no fewer than 4"):
-        unmasked_experts(moe_model, "layer", scores, 3)
+        unmasked_experts(limits, "layer", scores, 3)
 
 
 def test_routed_weights_come_slot_by_slot():
@@ -123,7 +114,7 @@ def test_equal_drop_per_group_and_stable_ties():
     ],
 )
 def test_counts_round_up_to_whole_groups(shape, retention, num_experts, kept):
-    assert whole_groups(moe(*shape), wanted_num_experts(moe(*shape), retention, num_experts)) == kept
+    assert whole_groups(RouterLimits(*shape), wanted_num_experts(RouterLimits(*shape), retention, num_experts)) == kept
 
 
 @pytest.mark.parametrize(
@@ -137,7 +128,7 @@ def test_counts_round_up_to_whole_groups(shape, retention, num_experts, kept):
 )
 def test_impossible_counts(shape, num_experts, message):
     with pytest.raises(MoeCollabError, match=message):
-        whole_groups(moe(*shape), wanted_num_experts(moe(*shape), None, num_experts))
+        whole_groups(RouterLimits(*shape), wanted_num_experts(RouterLimits(*shape), None, num_experts))
 
 
 @pytest.mark.parametrize(("arguments", "top_k"), [((8, 256, 192), 6), ((2, 8, 6), 2), ((2, 8, 5), 1), ((1, 8, 2), 1)])

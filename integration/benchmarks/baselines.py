@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_collab.allocation import Solution
-from moe_collab.architectures import MoEModel
 from moe_collab.formats import Scheme
+from moe_collab.moe_model import MoEModel
 
 __all__ = ["ends_rule", "paper_greedy", "random_ranking"]
 

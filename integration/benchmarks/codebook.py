@@ -7,21 +7,56 @@ later columns as in GPTQ (arXiv 2210.17323, and for vectors GPTVQ, arXiv 2402.15
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from moe_collab.calibration import capture_layers, float32_weights
+from moe_collab.allocation import Decision
+from moe_collab.calibration import capture_layers, float32_weights, replaced_weights
 from moe_collab.calibration.study import HALVES, LayerStudy
+from moe_collab.evaluation import evaluate
+from moe_collab.formats import TERNARY, Scheme
+from moe_collab.rounding import Rounder
 from moe_collab.rounding.feedback import damped
 
-__all__ = ["BITS_PER_WEIGHT", "codebook_bytes", "codebook_weights"]
+from .bench import Bench
+from .trained import BELOW
+
+__all__ = ["codebook_bytes", "codebook_rows", "codebook_weights"]
 
 ENTRIES, WIDTH, GROUP = 4096, 8, 128
 BITS_PER_WEIGHT = 12 / WIDTH + 16 / GROUP
 """Codes and scales; the codebook itself comes on top once per model."""
 _ITERATIONS = 12
 _SAMPLE = 120_000
+
+
+def codebook_rows(bench: Bench) -> None:
+    """A vector codebook of 1.5 bits against ternary, alike for all experts."""
+    model = bench.model
+    layout = model.planner(budget="1TB").layout
+    names = sorted(model.planner(budget="1TB").experts)
+    ternary = dict.fromkeys(names, Scheme(TERNARY, 128))
+    weights = sum(model.live.get_submodule(name).weight.numel() for name in names)
+    rest = layout.file_bytes(ternary) - sum(layout.size(name, s, header=False) for name, s in ternary.items())
+    size = rest + int(weights * BITS_PER_WEIGHT / 8) + codebook_bytes()
+    for method, feedback in (("codebook, nearest", False), ("codebook, error feedback", True)):
+
+        def make(feedback: bool = feedback) -> dict[str, Any]:
+            found = codebook_weights(model.live, model.moe, model.batches, feedback)
+            with float32_weights(model.live):
+                replaced = {model.live.get_submodule(name).weight: value for name, value in found.items()}
+                with replaced_weights(replaced):
+                    return bench.row(None, size, evaluate(model.live, model.test, model.base), "memory")
+
+        bench.add("codebook", BELOW, method, make)
+    for method, rounder in {
+        "ternary-g128, nearest": Rounder(feedback=False),
+        "ternary-g128, error feedback": Rounder(descent=False),
+        "ternary-g128, our rounding": Rounder(),
+    }.items():
+        bench.decided("codebook", BELOW, method, partial(Decision, ternary), rounder)
 
 
 def codebook_bytes() -> int:
@@ -90,9 +125,9 @@ def _nearest(vectors: torch.Tensor, importance: torch.Tensor, book: torch.Tensor
 def _rounded(weights: torch.Tensor, moment: torch.Tensor, book: torch.Tensor, feedback: bool) -> torch.Tensor:
     """`weights` [experts, rows, columns] on the codebook; with feedback later columns make up for earlier ones."""
     scales = _scales(weights).expand_as(_grouped(weights)).reshape(weights.shape)
-    hessians = damped(moment, 0.01)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessians)), upper=True)
-    importance = hessians.diagonal(dim1=-2, dim2=-1)[:, None].expand_as(weights)
+    moments = damped(moment, 0.01)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+    importance = moments.diagonal(dim1=-2, dim2=-1)[:, None].expand_as(weights)
     left, found = weights.clone(), torch.empty_like(weights)
     for start in range(0, weights.shape[2], WIDTH):
         part = slice(start, start + WIDTH)

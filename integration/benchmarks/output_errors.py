@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from moe_collab.allocation import CostTable
 from moe_collab.calibration import capture_layers, float32_weights
-from moe_collab.calibration.costs import CostTable
 from moe_collab.calibration.study import COST_TOKENS, HALVES, LayerStudy
 from moe_collab.rounding import Rounder
 
@@ -20,7 +20,7 @@ def output_error_table(model: TrainedModel) -> CostTable:
     if file.exists():
         return CostTable.model_validate_json(file.read_text())
     rounder, table = Rounder(scale_dtype=model.live.dtype), CostTable()
-    options = model.planner(budget="1TB").recipe.schemes()
+    options = model.planner(budget="1TB").request.schemes()
     with float32_weights(model.live):
         for layer, samples in capture_layers(model.live, model.moe.layers, model.batches):
             study = LayerStudy(layer, samples)

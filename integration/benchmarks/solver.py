@@ -11,6 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from moe_collab.allocation import ExpertChoice, solve, solve_physical
+from moe_collab.routers import RouterLimits
 
 __all__ = ["milp_cost", "milp_problem", "solver_rows"]
 
@@ -110,7 +111,7 @@ def _pruned(form: str, size: Ints, cost: Floats, share: float) -> dict:
     budget = int(size.max(axis=1).sum() * share)
     layers = np.repeat(np.arange(LAYERS), EXPERTS)
     groups = np.tile(np.repeat(np.arange(GROUPS), EXPERTS // GROUPS), LAYERS)
-    pruning = ExpertChoice(form, layers, groups, top_k=8, n_group=GROUPS, topk_group=4)
+    pruning = ExpertChoice(form, layers, groups, RouterLimits(EXPERTS, top_k=8, n_group=GROUPS, topk_group=4))
     began = time.perf_counter()
     if form == "physical":
         scan = solve_physical(size, cost, budget, pruning)

@@ -11,7 +11,7 @@ from llmcompressor.utils import load_context
 from transformers import AutoModelForCausalLM
 
 import moe_collab
-from moe_collab.architectures import describe
+from moe_collab.allocation import CostTable, Decision, Planner
 from moe_collab.calibration import (
     float32_weights,
     inputs_of,
@@ -20,12 +20,11 @@ from moe_collab.calibration import (
     replaced_weights,
     round_model,
 )
-from moe_collab.calibration.costs import CostTable
 from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.evaluation import Evaluation, evaluate, log_probabilities
 from moe_collab.formats import TERNARY, Scheme
 from moe_collab.modifiers.mixed_bit_alloc import MixedBitAllocModifier
-from moe_collab.modifiers.planner import Decision, Planner
+from moe_collab.moe_model import describe
 from moe_collab.rounding import Rounder
 
 from ..compress import FIXTURE, calibration, checkpoint_size, run_oneshot, tokens, uniform_recipe

@@ -1,8 +1,7 @@
-"""Which experts may be dropped together: the two forms of pruning and the routers' constraints."""
+"""Which experts may be dropped together: the two forms of pruning, as constraints between a knapsack's items."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MoeCollabError
+from ..routers import RouterLimits
 
 __all__ = ["ExpertChoice", "masked_violations"]
 
@@ -20,11 +20,9 @@ Ints = NDArray[np.int64]
 class ExpertChoice:
     """Couples items that are whole experts; an expert's options of size 0 mean that it is dropped.
 
-    `physical` keeps equally many experts in every routing group of every layer. `masked` is free per layer, but a
-    dropped expert must never be selected: a group keeps 0 or at least 2 experts (its score is the sum of its top 2),
-    at least `topk_group` groups live, and the smallest `topk_group` of them hold at least `top_k` experts.
-    Without groups both keep at least `top_k`. An expert without an option of size 0 is always kept; one that was
-    pruned before is no item.
+    `physical` keeps equally many experts in every routing group of every layer. `masked` is free per layer within
+    `RouterLimits.mask_violation`. An expert without an option of size 0 is always kept; one that was pruned before is
+    no item.
     """
 
     form: Literal["physical", "masked"]
@@ -32,24 +30,32 @@ class ExpertChoice:
     """Layer of each item, any numbering, [items]; -1 = the item is no expert."""
     groups: Ints
     """Routing group within the layer, 0 to n_group - 1, [items]; ignored where the layer is -1."""
-    top_k: int
-    n_group: int = 1
-    topk_group: int = 1
+    limits: RouterLimits
+
+    def __post_init__(self) -> None:
+        if self.form == "masked" and self.limits.n_group > 1 and self.limits.for_masking().n_group == 1:
+            object.__setattr__(self, "limits", self.limits.for_masking())
+            object.__setattr__(self, "groups", np.zeros_like(self.groups))
+
+    @property
+    def n_group(self) -> int:
+        """Routing groups of a layer that bind what may be dropped."""
+        return self.limits.n_group
+
+    @property
+    def top_k(self) -> int:
+        """Experts activated per token."""
+        return self.limits.top_k
 
     @property
     def live_groups(self) -> int:
-        """Groups of a layer that must keep experts."""
-        return self.topk_group if self.n_group > 1 else 1
+        """As `RouterLimits.live_groups`."""
+        return self.limits.live_groups
 
     @property
     def least_live(self) -> int:
-        """Experts that a group keeps at least, if any."""
-        return 2 if self.n_group > 1 else 1
-
-    @property
-    def least_kept(self) -> int:
-        """Experts that every group must keep when all keep equally many."""
-        return max(self.least_live, math.ceil(self.top_k / self.live_groups))
+        """As `RouterLimits.least_live`."""
+        return self.limits.least_live
 
     def table(self) -> Ints:
         """Item per place, [layers, n_group, experts of the largest group]; -1 where a group is smaller.
@@ -76,15 +82,8 @@ class ExpertChoice:
 
 
 def masked_violations(kept: NDArray[np.bool_], pruning: ExpertChoice) -> list[str]:
-    """What is wrong with keeping only the experts `kept` [items] by masking; empty when nothing is."""
+    """What is wrong with keeping only the experts `kept` [items] by masking, layer by layer; empty if nothing is."""
     layers = np.unique(np.asarray(pruning.layers)[np.asarray(pruning.layers) >= 0])
-    wrong = []
-    for layer, counts in zip(layers, pruning.kept_counts(kept), strict=True):
-        live = np.sort(counts[counts > 0])
-        if (live < pruning.least_live).any():
-            wrong.append(f"layer {layer}: a routing group keeps {live[0]} expert, it must be 0 or at least 2")
-        if len(live) < pruning.live_groups:
-            wrong.append(f"layer {layer}: {len(live)} routing groups live, the router chooses {pruning.live_groups}")
-        if (reach := int(live[: pruning.live_groups].sum())) < pruning.top_k:
-            wrong.append(f"layer {layer}: a token may reach only {reach} experts, it activates {pruning.top_k}")
-    return wrong
+    found = zip(layers, pruning.kept_counts(kept).tolist(), strict=True)
+    reasons = ((layer, pruning.limits.mask_violation(counts)) for layer, counts in found)
+    return [f"layer {layer}: {reason}" for layer, reason in reasons if reason]

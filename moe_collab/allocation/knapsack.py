@@ -43,13 +43,13 @@ def solve_physical(
     sizes, costs = check(sizes, costs)
     _require_items(pruning, len(sizes))
     most = int((pruning.table() >= 0).sum(axis=2).min())
-    counts = np.arange(most, pruning.least_kept - 1, -1)
+    counts = np.arange(most, pruning.limits.least_kept - 1, -1)
     if kept is not None:
         counts = counts[counts == kept]
     if not len(counts):
         wanted = "" if kept is None else f"{kept} experts per group cannot be kept: "
         raise MoeCollabError(
-            f"pruning: {wanted}the smallest group has {most}, the router needs at least {pruning.least_kept}."
+            f"pruning: {wanted}the smallest group has {most}, the router needs at least {pruning.limits.least_kept}."
         )
     return solve_scan(sizes, costs, budget, pruning, counts)
 

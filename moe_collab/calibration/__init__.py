@@ -2,7 +2,7 @@
 
 from .experts import ExpertWeights
 from .live import float32_weights, held_out, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
-from .rounding import Trial, kept_masks, round_model
+from .rounded_model import Trial, kept_masks, round_model
 from .samples import LayerSamples, capture, capture_layers
 
 __all__ = [

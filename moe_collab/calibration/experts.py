@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from ..architectures import MoELayer
+from ..moe_model import MoELayer
 
 __all__ = ["ExpertWeights"]
 

@@ -13,8 +13,9 @@ from loguru import logger
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..architectures import MASKED_BIAS, MoELayer, MoEModel, logits_scaling
+from ..architectures import MASKED_BIAS, logits_scaling
 from ..kernels.memory import available_memory
+from ..moe_model import MoELayer, MoEModel
 
 __all__ = [
     "decoder_of",

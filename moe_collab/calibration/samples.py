@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ..architectures import MoELayer
 from ..errors import MoeCollabError
+from ..moe_model import MoELayer
 from .live import predict
 
 __all__ = ["LayerSamples", "backward", "capture", "capture_layers", "frozen"]
@@ -115,6 +115,9 @@ def _capture_batch(
     ]
     try:
         chosen = backward(model, batch, generator).flatten()
+    except MoeCollabError:
+        _check_experts(seen)  # which names the layer, if one of these saw it
+        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -138,6 +141,7 @@ def backward(
     """Backward pass of the likelihood of tokens drawn from the predictions; which tokens are no padding [rows, length].
 
     Gradients arrive at what hooks retain. `head` receives `inputs` and `gradient` of lm_head, [tokens, ...].
+    Raises `MoeCollabError` if predictions are NaN or infinite.
     """
     # The first layer's input has to require gradients for any layer's output to have them.
     embedding = model.get_input_embeddings()
@@ -145,6 +149,8 @@ def backward(
     try:
         with torch.enable_grad():
             hidden, logits = predict(model, batch)
+            if not torch.isfinite(logits).all():
+                raise MoeCollabError(_not_finite("the model's predictions"))
             logits.retain_grad()
             logp = logits.float().log_softmax(-1)
             drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
@@ -178,9 +184,18 @@ def _check_finite(name: str, samples: LayerSamples) -> None:
         ("gradients", samples.gradient),
     ):
         if not torch.isfinite(tensor).all():
-            raise MoeCollabError(
-                f"{name}: the experts' {what} on the calibration data are NaN or infinite. "
-                "Check the model and the data; nothing was changed."
-            )
+            raise MoeCollabError(_not_finite(f"{name}: the experts' {what}"))
     if not samples.num_tokens:
         raise MoeCollabError(f"{name}: calibration reached no token here. Give oneshot() a non-empty dataset.")
+
+
+def _check_experts(seen: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
+    """Raise `MoeCollabError` naming the first layer whose experts saw or made NaN or infinity in the forward pass."""
+    for name, (hidden, _, weights, output) in seen.items():
+        for what, tensor in (("inputs", hidden), ("router weights", weights), ("outputs", output)):
+            if not torch.isfinite(tensor).all():
+                raise MoeCollabError(_not_finite(f"{name}: the experts' {what}"))
+
+
+def _not_finite(what: str) -> str:
+    return f"{what} on the calibration data are NaN or infinite. Check the model and the data; nothing was changed."

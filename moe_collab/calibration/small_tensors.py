@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Factors", "SmallTensor", "Whole", "in_place", "settled"]
+__all__ = ["Factors", "SmallTensor", "Whole", "as_stored", "in_place"]
 
 
 class SmallTensor(Protocol):
@@ -24,7 +24,7 @@ class SmallTensor(Protocol):
         """The module's weight as it has become, differentiable."""
         ...
 
-    def settled(self) -> dict[str, torch.Tensor]:
+    def stored(self) -> dict[str, torch.Tensor]:
         """The module's tensors as they are to be stored, rounded; by name."""
         ...
 
@@ -49,8 +49,8 @@ class Whole:
         """As `SmallTensor.weight`."""
         return self.learned
 
-    def settled(self) -> dict[str, torch.Tensor]:
-        """As `SmallTensor.settled`."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """As `SmallTensor.stored`."""
         return {"weight": self.learned.detach().to(self._dtype)}
 
 
@@ -66,8 +66,8 @@ class Factors:
         weight = _original(self.module).float()
         return (weight.reshape(*self.learned.shape, -1) * self.learned[..., None]).reshape_as(weight)
 
-    def settled(self) -> dict[str, torch.Tensor]:
-        """As `SmallTensor.settled`."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """As `SmallTensor.stored`."""
         return {"weight": self.weight().detach().to(self._dtype)}
 
 
@@ -79,14 +79,14 @@ def in_place(tensors: Iterable[SmallTensor]) -> Iterator[None]:
 
 
 @contextmanager
-def settled(tensors: Iterable[SmallTensor]) -> Iterator[None]:
+def as_stored(tensors: Iterable[SmallTensor]) -> Iterator[None]:
     """As `in_place`, with the weights as they are to be stored."""
-    with _weights({tensor.module: partial(_settled_weight, tensor) for tensor in tensors}):
+    with _weights({tensor.module: partial(_stored_weight, tensor) for tensor in tensors}):
         yield
 
 
-def _settled_weight(tensor: SmallTensor) -> torch.Tensor:
-    return tensor.settled()["weight"]
+def _stored_weight(tensor: SmallTensor) -> torch.Tensor:
+    return tensor.stored()["weight"]
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from ..architectures import MoELayer
+from ..coverage import FEW_TOKENS
 from ..formats import Scheme
+from ..moe_model import MoELayer
 from ..rounding import Grid, Rounder
 from .experts import ExpertWeights
 from .live import masked_router
@@ -23,9 +24,6 @@ __all__ = ["HALVES", "ExpertGrids", "LayerStudy"]
 
 HALVES = ("gate_up", "down")
 """What shares a scheme: an expert's gate_proj and up_proj, one fused matrix; its down_proj."""
-
-FEW_TOKENS = 32
-"""With fewer routed tokens an expert's statistics are noise: its down_proj is not refitted to them."""
 
 COST_TOKENS = 2048
 """Routed tokens per expert that stand for all in a cost."""
@@ -84,21 +82,22 @@ class LayerStudy:
         gone = torch.zeros_like(next(iter(by_expert.values())))
         return torch.stack([by_expert.get(index, gone) for index in range(self.layer.num_experts)])
 
-    def rounding_cost(self, half: str, grid: Grid) -> torch.Tensor:
-        """KL per token of rounding each expert's `half`, [experts]: E[(g . (W_b - W) x)^2] / 2."""
-        error = grid.values() - self.weights(half)
-        costs = torch.zeros(self.layer.num_experts, dtype=torch.float64)
-        for index in self.experts:
+    def rounding_costs(self, half: str, members: Sequence[int], grid: Grid) -> torch.Tensor:
+        """KL per token of rounding `half` of each expert of `members` to `grid`: E[(g . (W_b - W) x)^2] / 2."""
+        rounded = grid.values()
+        costs = torch.zeros(len(members), dtype=torch.float64)
+        for position, index in enumerate(members):
+            error = rounded[position] - getattr(self.experts[index], half)
             if not self.counts[index]:
                 # No token was routed here: a tiny cost still prefers the codes that round the weights best.
-                costs[index] = 1e-12 * float(error[index].square().mean())
+                costs[position] = 1e-12 * float(error.square().mean())
                 continue
             seen = self.traffic(index, COST_TOKENS)
             inputs, gradient = (
                 (seen.hidden, seen.gate_up_gradient) if half == "gate_up" else (seen.inner, seen.down_gradient)
             )
-            change = (linear(inputs, error[index]) * gradient).sum(-1)
-            costs[index] = change.double().square().mean() * float(self.counts[index]) / self.samples.num_tokens / 2
+            change = (linear(inputs, error) * gradient).sum(-1)
+            costs[position] = change.double().square().mean() * float(self.counts[index]) / self.samples.num_tokens / 2
         return costs
 
     @torch.no_grad()

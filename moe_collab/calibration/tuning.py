@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..rounding import Grid
-from .descent import descend
+from .adam import adam_steps
 from .live import float32_weights, replaced_forward, replaced_weights
 from .samples import frozen
 from .teacher import Lessons, divergence, kl_of
@@ -51,8 +51,8 @@ def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: i
         with _in_place(model, loose):
             groups = [([grid.factors for grid in loose.values()], _FACTOR_RATE)]
             groups.append(([grid.places for grid in loose.values()], _PLACE_RATE))
-            deque(descend(groups, lessons.known, partial(divergence, model, lessons.head), steps), maxlen=0)
-        tuned = {name: grid.settled(dtype) for name, grid in loose.items()}
+            deque(adam_steps(groups, lessons.known, partial(divergence, model, lessons.head), steps), maxlen=0)
+        tuned = {name: grid.stored(dtype) for name, grid in loose.items()}
         after = _kl(model, tuned, lessons)
     return Tuned(tuned, before, after) if after < before else Tuned(dict(grids), before, before)
 
@@ -72,7 +72,7 @@ class _Loose:
         return replace(self._grid, codes=codes, scales=self._grid.scales * self.factors).values()
 
     @torch.no_grad()
-    def settled(self, dtype: torch.dtype) -> Grid:
+    def stored(self, dtype: torch.dtype) -> Grid:
         """The grid as it has become, its scales of `dtype`."""
         codes = _Nearest.apply(self.places, *self._grid.scheme.levels)
         return replace(self._grid, codes=codes, scales=(self._grid.scales * self.factors).to(dtype).float())

@@ -1,7 +1,7 @@
 """Bit layouts of compressed-tensors checkpoints: our own code, so that no pinned version decides for us."""
 
+from .dequantization import dequantize
 from .packing import pack, packed_width, unpack
-from .rounding import dequantize
 from .scheme import DENSE, PRUNED, Scheme
 from .ternary import TERNARY, TERNARY_PACKED, pack_ternary, ternary_width, unpack_ternary
 

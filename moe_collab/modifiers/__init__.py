@@ -4,9 +4,9 @@ from llmcompressor.modifiers import ModifierFactory
 
 from ..checkpoint import ternary_packed
 from .activation_smooth import ActivationSmoothModifier
-from .compat import survive_missing_torchvision
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
+from .glue.compat import survive_missing_torchvision
 from .mixed_bit_alloc import MixedBitAllocModifier
 from .router_calibration import RouterCalibrationModifier
 

@@ -14,32 +14,29 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ..allocation.budget import format_bytes
-from ..architectures import MoELayer, MoEModel, describe
 from ..calibration import float32_weights, held_out
 from ..errors import MoeCollabError
+from ..moe_model import MoELayer, MoEModel, describe
 from ..pruning import check_masks, scaled_top_k, wanted_num_experts, whole_groups
-from .activation import OutputMatch, bytes_per_token, kl_by_top_k, output_at
-from .common import calibration_batches, check_data, check_unquantized, is_on_disk, modifiers_of_this_pass
-from .compat import keep_attention_causal
-from .distributed import everyones
+from ..pruning.surgery import activating, set_top_k
 from .expert_pruning import ExpertPruningModifier
-from .routing import RoutingTap
-from .saving import install_save
-from .smoothing import (
+from .glue.channel_scales import (
     Rescaling,
+    everyones_peaks,
     norm_and_readers,
     rescale_norm,
     rescale_outputs,
     rescale_up_down,
 )
-from .surgery import activating, set_top_k
-from .weighed_inputs import call_experts_alike
+from .glue.compat import keep_attention_causal
+from .glue.data import calibration_batches, check_data
+from .glue.recipe import check_layer_patterns, check_unquantized, is_on_disk, modifiers_of_this_pass
+from .glue.routing_tap import RoutingTap
+from .glue.saving import install_save
+from .glue.top_k import Factors, OutputMatch, everyones_factors, kl_by_top_k, output_at, report_top_k
+from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["ActivationSmoothModifier"]
-
-Factors = Mapping[int, Mapping[str, float]]
-"""Number of activated experts -> layer name -> what to multiply the routed experts' output by."""
 
 
 class ActivationSmoothModifier(Modifier):
@@ -98,7 +95,7 @@ class ActivationSmoothModifier(Modifier):
             raise ValueError("ActivationSmoothModifier: `num_experts_per_tok: auto` and `max_kl` need each other")
         return self
 
-    def on_initialize(self, state: State, **kwargs) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the recipe against the model, and remember it as it was before pruning, which `scale` refers to."""
         check_unquantized(state.model, "ActivationSmoothModifier")
         check_data(state, "ActivationSmoothModifier")
@@ -108,6 +105,7 @@ class ActivationSmoothModifier(Modifier):
         call_experts_alike(moe)
         if isinstance(self.num_experts_per_tok, int):
             _check_reachable(self.num_experts_per_tok, self._reachable_after_pruning(moe))
+        check_layer_patterns(state.model, "ActivationSmoothModifier.ignore", self.ignore)
         self._check_norms(state.model)
         keep_attention_causal(state.model)
         install_save(state.model)
@@ -115,14 +113,14 @@ class ActivationSmoothModifier(Modifier):
 
     def _reachable_after_pruning(self, moe: MoEModel) -> int:
         """How many experts a token can reach once the recipe has come to this modifier; if masked, at most."""
-        reachable = moe.reachable(moe.num_experts)
+        reachable = moe.limits.reachable(moe.num_experts)
         for modifier in modifiers_of_this_pass():
             if modifier is self:
                 break
             if isinstance(modifier, ExpertPruningModifier):
-                kept = wanted_num_experts(moe, modifier.retention, modifier.num_experts)
+                kept = wanted_num_experts(moe.limits, modifier.retention, modifier.num_experts)
                 physical = modifier.pruning == "physical"
-                reachable = min(reachable, moe.reachable(whole_groups(moe, kept)) if physical else kept)
+                reachable = min(reachable, moe.limits.reachable(whole_groups(moe.limits, kept)) if physical else kept)
         return reachable
 
     def _check_norms(self, model: torch.nn.Module) -> None:
@@ -148,7 +146,7 @@ class ActivationSmoothModifier(Modifier):
                 "out, so smoothing would change them. Leave it out."
             )
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch what reaches the experts, and what they would put out with other numbers of them activated."""
         others = [type(modifier).__name__ for modifier in modifiers_of_this_pass() if modifier is not self]
         if others:
@@ -171,7 +169,7 @@ class ActivationSmoothModifier(Modifier):
                     self.register_hook(layer.expert(index).down_proj, see, "forward")
 
     def _candidates(self, moe: MoEModel) -> list[int]:
-        """Numbers of activated experts to choose from besides the present one; what is not `auto` has been chosen."""
+        """Other numbers of activated experts to choose from: for `auto` all smaller ones, else the one asked for."""
         num_experts, top_k = self._original
         wanted = self.num_experts_per_tok
         if wanted == "auto":
@@ -182,7 +180,7 @@ class ActivationSmoothModifier(Modifier):
             top_k = max(1, math.floor(wanted * moe.top_k + 0.5))
         else:
             top_k = moe.top_k if wanted == "keep" else int(wanted)
-        _check_reachable(top_k, moe.reachable(moe.num_experts))
+        _check_reachable(top_k, moe.limits.reachable(moe.num_experts))
         with activating(moe, top_k):
             check_masks(moe)
         return [] if top_k == moe.top_k else [top_k]
@@ -207,41 +205,22 @@ class ActivationSmoothModifier(Modifier):
                 torch.maximum(self._largest[module], largest) if module in self._largest else largest
             )
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Decide and compute everything, then change the model."""
         self.remove_hooks()
         moe = describe(state.model)
-        factors, largest = self._factors(), self._peaks(state.model)
+        factors, largest = everyones_factors(self._matches), everyones_peaks(state.model, self._largest)
+        self._matches, self._largest = {}, {}
         _check_finite(factors, largest)
         top_k = self._choose(state, moe, factors)
         rescalings = self._smoothings(state.model, moe, largest)
         if top_k != moe.top_k:
-            _report(state.model, moe, top_k, factors[top_k])
+            report_top_k(state.model, moe, top_k, factors[top_k])
             if self.compensate:
                 rescalings += [r for layer in moe.layers for r in rescale_outputs(layer, factors[top_k][layer.name])]
         for rescaling in rescalings:
             rescaling.apply()
         set_top_k(moe, top_k)
-
-    def _factors(self) -> Factors:
-        """Of the other numbers of experts, by what all processes saw."""
-        seen, self._matches = self._matches, {}
-        total = {top_k: {name: OutputMatch() for name in by_layer} for top_k, by_layer in seen.items()}
-        for part in everyones([seen]):
-            for top_k, by_layer in part.items():
-                for name, match in by_layer.items():
-                    total[top_k][name] += match
-        return {top_k: {name: match.factor for name, match in by_layer.items()} for top_k, by_layer in total.items()}
-
-    def _peaks(self, model: torch.nn.Module) -> dict[torch.nn.Module, torch.Tensor]:
-        """Largest magnitudes [features] before the modules that any process's tokens reached."""
-        names = {module: name for name, module in model.named_modules()}
-        seen, self._largest = {names[module]: peaks for module, peaks in self._largest.items()}, {}
-        found: dict[torch.nn.Module, torch.Tensor] = {}
-        for name, peaks in (item for part in everyones([seen]) for item in part.items()):
-            module = model.get_submodule(name)
-            found[module] = torch.maximum(found[module], peaks) if module in found else peaks
-        return found
 
     def _choose(self, state: State, moe: MoEModel, factors: Factors) -> int:
         if self.max_kl is None:
@@ -298,19 +277,3 @@ def _check_finite(factors: Factors, largest: Mapping[torch.nn.Module, torch.Tens
         raise MoeCollabError(
             "ActivationSmoothModifier: what reaches the experts in calibration is NaN or infinite; nothing was changed."
         )
-
-
-def _report(model: torch.nn.Module, moe: MoEModel, top_k: int, factors: Mapping[str, float]) -> None:
-    before, after = (bytes_per_token(model, moe, number) for number in (moe.top_k, top_k))
-    logger.info(
-        "ActivationSmoothModifier: {} -> {} experts activated per token, their outputs multiplied by {:.3f} to {:.3f}. "
-        "A token reads {} of weights instead of {}: one request should decode about {:.2f} times as fast (an estimate "
-        "by bandwidth, before quantization)",
-        moe.top_k,
-        top_k,
-        min(factors.values()),
-        max(factors.values()),
-        format_bytes(round(after)),
-        format_bytes(round(before)),
-        before / after,
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from llmcompressor.core import Event, State
@@ -15,8 +15,10 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ..architectures import MoELayer, MoEModel, describe
+from ..coverage import warn_of_seldom_reached
+from ..distributed import agreed, is_source_process, sum_up
 from ..errors import MoeCollabError
+from ..moe_model import MoELayer, MoEModel, describe
 from ..pruning import (
     CRITERIA,
     importance,
@@ -26,17 +28,17 @@ from ..pruning import (
     wanted_num_experts,
     whole_groups,
 )
+from ..pruning.surgery import keep_experts, mask_experts
 from ..statistics import ExpertStatistics, SavedStatistics
-from .common import check_unquantized
-from .compat import keep_attention_causal
-from .distributed import agreed, is_source_process, sum_up
-from .notices import coverage
-from .planner import model_fingerprint
-from .routing import RoutingTap
-from .saving import install_save
-from .surgery import keep_experts, mask_experts
-from .token_tags import TokenTags
-from .weighed_inputs import call_experts_alike
+from .glue.compat import keep_attention_causal
+from .glue.data import check_data
+from .glue.outline import model_fingerprint
+from .glue.recipe import check_layer_patterns, check_unquantized
+from .glue.routing_tap import RoutingTap
+from .glue.saving import install_save
+from .glue.starved import keep_starved, repair_starved
+from .glue.token_tags import TokenTags
+from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["ExpertPruningModifier"]
 
@@ -95,14 +97,16 @@ class ExpertPruningModifier(Modifier):
             raise ValueError("ExpertPruningModifier.protect: scores of a file are not by domain")
         return self
 
-    def on_initialize(self, state: State, **kwargs) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the recipe against the model before any data is read."""
         check_unquantized(state.model, "ExpertPruningModifier")
+        check_data(state, "ExpertPruningModifier")
         self._moe = moe = describe(state.model, self.ignore)
         call_experts_alike(moe)
-        self._num_kept = wanted_num_experts(moe, self.retention, self.num_experts)
+        check_layer_patterns(state.model, "ExpertPruningModifier.ignore", self.ignore)
+        self._num_kept = wanted_num_experts(moe.limits, self.retention, self.num_experts)
         if self.pruning == "physical":
-            self._num_kept = whole_groups(moe, self._num_kept)
+            self._num_kept = whole_groups(moe.limits, self._num_kept)
         if self._num_kept < moe.num_experts:
             self._check_form(len(describe(state.model).layers))
         if ":" in self.criterion:
@@ -120,14 +124,14 @@ class ExpertPruningModifier(Modifier):
                         f"ExpertPruningModifier.pruning: the router of {layer.name} has no selection bias to mask "
                         "experts by. Use `physical`."
                     )
-                unmasked_experts(self._moe, layer.name, torch.zeros(layer.num_experts), self._num_kept)
+                unmasked_experts(self._moe.limits, layer.name, torch.zeros(layer.num_experts), self._num_kept)
         elif len(self._moe.layers) < num_layers:
-            raise ValueError(
+            raise MoeCollabError(
                 "ExpertPruningModifier.ignore: config.json has one expert count for all layers, so some layers "
                 "cannot keep all their experts while others are pruned. Remove `ignore`."
             )
 
-    def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Watch every router's decisions and every expert's outputs, or read what an earlier run saw."""
         moe = self._moe
         assert moe is not None
@@ -173,7 +177,7 @@ class ExpertPruningModifier(Modifier):
         if len(rows):
             self._seen[tap.layer.name].add(index, weights, rows, domains[valid])
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Judge all layers, then prune them."""
         self.remove_hooks()
         seen, self._seen = self._seen, {}
@@ -186,11 +190,18 @@ class ExpertPruningModifier(Modifier):
             statistics.check(name)
         if self._tags is not None and self.statistics and is_source_process():
             self._save(seen)
-        coverage({name: statistics.counts.long().tolist() for name, statistics in seen.items()})
+        counts = {name: statistics.counts.long().tolist() for name, statistics in seen.items()}
+        warn_of_seldom_reached(counts)
+        keep_starved(self._moe, counts)
         scores = self._scores(seen)
         kept = agreed({layer.name: self._kept(layer, scores[layer.name]) for layer in self._moe.layers})
         for layer in self._moe.layers:
             self._prune(layer, kept[layer.name])
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Round to nearest what a stock quantizer zeroed: experts that no calibration token was routed to."""
+        repair_starved(state.model, snap=False)
+        return True
 
     def _save(self, seen: Mapping[str, ExpertStatistics]) -> None:
         assert self._moe is not None and self._tags is not None and self.statistics
@@ -227,7 +238,7 @@ class ExpertPruningModifier(Modifier):
         self._check_scores(found, layer)
         return found
 
-    def _own_function(self):
+    def _own_function(self) -> Callable[[ExpertStatistics], torch.Tensor]:
         module, _, name = self.criterion.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
@@ -258,7 +269,7 @@ class ExpertPruningModifier(Modifier):
     def _kept(self, layer: MoELayer, scores: torch.Tensor) -> list[int]:
         assert self._moe is not None
         if self.pruning == "masked":
-            return unmasked_experts(self._moe, layer.name, scores, self._num_kept)
+            return unmasked_experts(self._moe.limits, layer.name, scores, self._num_kept)
         return kept_experts(scores, self._num_kept, self._moe.n_group)
 
     def _prune(self, layer: MoELayer, kept: list[int]) -> None:

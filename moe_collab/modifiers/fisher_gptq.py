@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from compressed_tensors.quantization import QuantizationScheme, disable_quantization
 from llmcompressor.core import Event, State
@@ -12,18 +14,19 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from ..architectures import describe
 from ..calibration import float32_weights, round_model
 from ..calibration.teacher import Lessons, teach
 from ..calibration.tuning import tune_grids
+from ..distributed import store
 from ..errors import MoeCollabError
 from ..formats import TERNARY, Scheme
+from ..moe_model import describe
 from ..rounding import Grid, Rounder
-from .common import calibration_batches, check_data, check_unquantized, is_on_disk
-from .distributed import store
-from .saving import install_save
-from .schemes import is_ternary
-from .weighed_inputs import call_experts_alike
+from .glue.data import calibration_batches, check_data
+from .glue.recipe import check_unquantized, is_on_disk
+from .glue.saving import install_save
+from .glue.schemes import is_ternary
+from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["FisherGPTQModifier"]
 
@@ -50,7 +53,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         """Let tuning aim at the predictions of the model before it was changed, not as this modifier finds it."""
         self._lessons = lessons
 
-    def on_initialize(self, state: State, **kwargs) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""
         check_unquantized(state.model, "FisherGPTQModifier")
         check_data(state, "FisherGPTQModifier")
@@ -66,7 +69,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         install_save(state.model)
         return True
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round every module that has a scheme, layer by layer."""
         model, moe = state.model, describe(state.model)
         # An earlier modifier's pass may have left it on, with scales that nobody has set yet.

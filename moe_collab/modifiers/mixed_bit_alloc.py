@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -19,49 +14,33 @@ from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from ..allocation import parse_bytes
+from ..allocation import AllocationRequest, CostTable, Decided, Planner, compression_plan, decide, parse_bytes
 from ..allocation.memory import weights_budget
-from ..architectures import MoEModel, describe
-from ..calibration.costs import CostTable
-from ..calibration.study import FEW_TOKENS
+from ..allocation.notices import report_decision
+from ..allocation.request import FLOORS, SUPPORTED_BITS
+from ..calibration.measurements import LiveMeasurements
 from ..calibration.teacher import teach
+from ..coverage import warn_of_seldom_reached
+from ..distributed import agreed, is_source_process
 from ..errors import MoeCollabError
-from ..formats import DENSE, TERNARY, Scheme
-from ..plan import CompressionPlan, fingerprint
-from ..pruning import check_mask
+from ..formats import TERNARY
+from ..moe_model import MoEModel, describe
+from ..plan import CompressionPlan, description_digest
 from ..rounding import Rounder
-from .common import (
-    calibration_batches,
-    check_data,
-    check_unquantized,
-    following_quantizers,
-    is_on_disk,
-    modifiers_of_this_pass,
-)
-from .compat import keep_attention_causal
-from .distributed import agreed, is_distributed, is_source_process
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
-from .notices import coverage, outcome
-from .planner import Planner, model_fingerprint
-from .propagation import kl_per_squared_error
-from .routing import RoutingTap
-from .saving import expect_plan, install_save
-from .schemes import attach_scheme, forget_empty_schemes, is_sound, round_in_place, rounded, settle, weight_arguments
-from .search import Found, Search
-from .sensitivity import Sensitivity
-from .surgery import keep_experts, mask_experts
-from .weighed_inputs import call_experts_alike
+from .glue.compat import keep_attention_causal
+from .glue.data import calibration_batches, check_data
+from .glue.disk_costs import DiskCosts
+from .glue.execution import apply_plan
+from .glue.outline import model_fingerprint, outline_of
+from .glue.quantizers import check_followers, check_rounded
+from .glue.recipe import check_unquantized, is_on_disk, modifiers_of_this_pass, quantizers_after
+from .glue.saving import install_save
+from .glue.starved import repair_starved
+from .glue.weighed_inputs import call_experts_alike
 
-__all__ = ["SUPPORTED_BITS", "MixedBitAllocModifier"]
-
-Batches = Sequence[Mapping[str, torch.Tensor]]
-
-SUPPORTED_BITS = (TERNARY, 2, 3, 4, 5, 6, 8, 16)
-_ASYMMETRIC_BITS = 4
-"""Widths up to which zero points are worth their bytes."""
-_FEWEST_ROWS = 16
-"""Rows of a matrix; vLLM wants smaller ones, such as the gate of a shared expert, unquantized."""
+__all__ = ["MixedBitAllocModifier"]
 
 
 class MixedBitAllocModifier(Modifier):
@@ -71,6 +50,9 @@ class MixedBitAllocModifier(Modifier):
     measured in a forward and a backward pass with the rounding that will be used, `FisherGPTQModifier`'s if it comes
     next in the recipe, to nearest before others such as `GPTQModifier: {ignore: [lm_head]}`. On held-out calibration
     tokens the decision is compared with the best uniform scheme that fits, and gives way to it if it is no better.
+
+    In `fixed`, `floors` and `ignore` modules may be called by their names in the model or in the checkpoint; a pattern
+    that matches nothing is an error.
 
     :param budget: size of all `*.safetensors` files together: bytes, `"3.1MB"`, `"103GB"`, `"128GiB"`.
     :param bpw: instead of `budget`, mean bits per routed-expert weight, scales included.
@@ -84,14 +66,15 @@ class MixedBitAllocModifier(Modifier):
     :param pruning: whether experts may go: `none`; `physical`, equally many per layer and routing group; `masked`,
         freely, for routers with a selection bias.
     :param scope: `experts`, or `model` for every Linear that `ignore` does not name.
-    :param fixed: regex of module names -> bits, for any Linear; the first match counts.
-    :param floors: regex of module names -> fewest bits, for Linears other than routed experts; the first match counts.
-    :param granularity: what gets one scheme together: an `expert`, a `projection` (gate and up of an expert; its
-        down), or all experts of a `layer`.
-    :param speed: KL, in nats per token, that one gigabyte less to read per token would be worth.
+    :param fixed: regex of module names -> bits, for any Linear; the first match counts. Group size and zero points are
+        chosen by what they cost, as for the others.
+    :param floors: regex of module names -> fewest bits, for Linears other than routed experts, of scope `model`; the
+        first match counts.
+    :param granularity: what gets one scheme together: a `projection` (gate and up of an expert; its down), or all
+        experts of a `layer`, which makes checkpoints that stock vLLM serves.
     :param plan: JSON file of the decision; written if it does not exist, reused if it does.
     :param costs: JSON file of the measured costs, for other budgets; written if it does not exist, reused if it does.
-    :param ignore: modules that keep their precision.
+    :param ignore: modules that keep their precision: names, or regexes that begin with `re:`.
     """
 
     requires_calibration_data: bool = True
@@ -108,21 +91,18 @@ class MixedBitAllocModifier(Modifier):
     pruning: Literal["none", "physical", "masked"] = "none"
     scope: Literal["experts", "model"] = "experts"
     fixed: dict[str, int] = Field(default_factory=dict)
-    floors: dict[str, int] = Field(default_factory=lambda: {"lm_head$": 4, ".": 3})
-    granularity: Literal["expert", "projection", "layer"] = "projection"
-    speed: float = Field(0.0, ge=0)
+    floors: dict[str, int] = Field(default_factory=lambda: dict(FLOORS))
+    granularity: Literal["projection", "layer"] = "projection"
     plan: str | None = None
     costs: str | None = None
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
 
     _moe: MoEModel | None = PrivateAttr(None)
     _planner: Planner | None = PrivateAttr(None)
-    _sensitivity: Sensitivity | None = PrivateAttr(None)
-    _to_nearest: bool = PrivateAttr(False)
+    _disk_costs: DiskCosts | None = PrivateAttr(None)
     _fisher: list[FisherGPTQModifier] = PrivateAttr(default_factory=list)
-    _backward: bool = PrivateAttr(True)
+    _to_nearest: bool = PrivateAttr(False)
     _reused: CompressionPlan | None = PrivateAttr(None)
-    _originals: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -139,9 +119,11 @@ class MixedBitAllocModifier(Modifier):
         key = f"MixedBitAllocModifier.{info.field_name}"
         for pattern, bits in value.items():
             try:
-                re.compile(pattern)
+                found_in_nothing = re.compile(pattern).search("") is not None
             except re.error as error:
                 raise ValueError(f"{key}: {pattern!r} is no regex: {error}") from error
+            if found_in_nothing:
+                raise ValueError(f"{key}: {pattern!r} is found in the empty string, so in every name. Write '.'.")
             if bits not in SUPPORTED_BITS:
                 raise ValueError(f"{key}: {pattern!r} -> {bits} is not in {list(SUPPORTED_BITS)}")
         return value
@@ -169,305 +151,155 @@ class MixedBitAllocModifier(Modifier):
             raise ValueError(f"{who}.bpw counts routed experts only; with scope: model, name a `budget` or `fit`")
         return self
 
-    def schemes(self) -> list[Scheme]:
-        """All that routed experts can be stored as."""
-        sizes = self.group_size if isinstance(self.group_size, list) else [self.group_size]
-        packed = [
-            Scheme(bits, size, symmetric)
-            for bits, size in product(self.bits, sizes)
-            if bits != 16
-            for symmetric in self._symmetries(bits)
-        ]
-        return packed + [DENSE] * (16 in self.bits)
+    def request(self, config: Any, strict: bool = True) -> AllocationRequest:
+        """What these fields ask for, of a model with this transformers `config`.
 
-    def _symmetries(self, bits: int) -> tuple[bool, ...]:
-        if bits == TERNARY:
-            return (True,)
-        if self.symmetric == "auto":
-            return (True, False) if bits <= _ASYMMETRIC_BITS else (True,)
-        return (self.symmetric,)
+        `strict`: a pattern that somebody wrote and that matches nothing is an error.
+        """
+        budget = None if self.budget is None else parse_bytes(self.budget)
+        if self.fit is not None:
+            budget = weights_budget(parse_bytes(self.fit), config.to_dict(), self.context, self.concurrency)
+        return AllocationRequest(
+            budget=budget,
+            bpw=self.bpw,
+            max_kl=self.max_kl,
+            bits=tuple(self.bits),
+            group_sizes=tuple(self.group_size if isinstance(self.group_size, list) else [self.group_size]),
+            symmetric=self.symmetric,
+            pruning=self.pruning,
+            scope=self.scope,
+            fixed=tuple(self.fixed.items()),
+            floors=tuple(self.floors.items()),
+            granularity=self.granularity,
+            ignore=tuple(self.ignore),
+            named=frozenset(self.model_fields_set if strict else ()),
+        )
 
-    def options(self, name: str, module: torch.nn.Linear, is_expert: bool) -> list[Scheme]:
-        """What `module` can be stored as. Raises `MoeCollabError` if no group size divides its inputs."""
-        fixed, floor = self.fixed_bits(name), 0 if is_expert else _first(self.floors, name) or 0
-        if fixed == 16:
-            return [DENSE]
-        offered = self.schemes()
-        if fixed is not None:
-            offered = self.model_copy(update={"bits": [fixed]}).schemes()
-        fitting = [s for s in offered if not s.is_packed or module.in_features % s.group_of(module.in_features) == 0]
-        if not fitting:
-            raise MoeCollabError(
-                f"MixedBitAllocModifier.group_size: {self.group_size} does not divide the {module.in_features} "
-                f"inputs of {name}. Choose a divisor, or -1 for one scale per channel."
-            )
-        return [s for s in fitting if fixed is not None or s.num_bits >= floor] or [DENSE]
-
-    def fixed_bits(self, name: str) -> int | None:
-        """What `fixed` says of module `name`."""
-        return _first(self.fixed, name)
-
-    def on_initialize(self, state: State, **kwargs) -> bool:
-        """Check the recipe against the model before any data is read."""
-        check_unquantized(state.model, "MixedBitAllocModifier")
-        check_data(state, "MixedBitAllocModifier")
-        self._check_quantizer_follows()
-        self._check_passes(state.model)
-        planner = self.planner(state.model)
-        if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
-            self._check_budget(planner)
-        keep_attention_causal(state.model)
-        call_experts_alike(describe(state.model))
-        install_save(state.model)
-        return True
-
-    def planner(self, model: torch.nn.Module) -> Planner:
-        """For this recipe on `model`. Raises `MoeCollabError` if its routers lack what pruning needs."""
+    def planner(self, model: Any, strict: bool = True) -> Planner:
+        """For this recipe on `model`. Raises `MoeCollabError` for what the model cannot give."""
         moe = describe(model)
-        if self.pruning == "masked" and (bare := [layer.name for layer in moe.layers if layer.bias_holder is None]):
-            raise MoeCollabError(
-                f"MixedBitAllocModifier.pruning: the router of {bare[0]} has no selection bias to mask experts by. "
-                "Use pruning: physical."
-            )
         if self.pruning != "none" and not {"weights", "indices"} <= {*moe.family.router_output}:
             raise MoeCollabError(
                 f"MixedBitAllocModifier.pruning: routers of {moe.family.model_types[0]} do not return what they chose, "
                 "as trying the loss of an expert takes. Use ExpertPruningModifier."
             )
-        return Planner(model, moe, self._targets(model, moe), self, self._bytes(model))
+        return Planner(outline_of(model, moe), self.request(model.config, strict))
 
-    def _bytes(self, model: Any) -> int | None:
-        """The budget for all safetensors files, if there is one."""
-        if self.fit is not None:
-            config = model.config.to_dict()
-            return weights_budget(parse_bytes(self.fit), config, self.context, self.concurrency)
-        return None if self.budget is None else parse_bytes(self.budget)
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Check the recipe against the model before any data is read."""
+        model: Any = state.model
+        check_unquantized(model, "MixedBitAllocModifier")
+        check_data(state, "MixedBitAllocModifier")
+        followers = quantizers_after(self)
+        self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
+        self._to_nearest = any(isinstance(follower, QuantizationModifier) for follower in followers)
+        check_followers(followers, TERNARY in self.bits, bool(self._fisher))
+        self._check_passes(model)
+        planner = self.planner(model)
+        if not self._fisher:
+            check_rounded(model, planner, followers)
+        if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
+            self._check_budget(planner)
+        keep_attention_causal(model)
+        call_experts_alike(describe(model))
+        install_save(model)
+        return True
 
     def _check_budget(self, planner: Planner) -> None:
         """Raise `MoeCollabError` with the bytes needed if no allocation fits; needs no data."""
-        if self.max_kl is None or self.budget or self.bpw or self.fit:
-            planner.decide(CostTable(), None if self.pruning == "none" else {})
+        if planner.request.has_budget:
+            planner.cheapest(CostTable(), None if self.pruning == "none" else {})
 
-    def _check_passes(self, model: torch.nn.Module) -> None:
+    def _check_passes(self, model: Any) -> None:
         """Raise `MoeCollabError` if the model is on disk and something asked for needs a backward pass."""
-        self._backward = not is_on_disk(model)
-        # With a backward pass, this modifier's passes are its own.
-        self.requires_calibration_data = not self._backward
+        on_disk = is_on_disk(model)
+        # In memory a backward pass is possible, and this modifier makes its passes itself.
+        self.requires_calibration_data = on_disk
         for key, used in (
             ("pruning", self.pruning != "none"),
             ("scope", self.scope == "model"),
             ("max_kl", self.max_kl is not None),
         ):
-            if used and not self._backward:
+            if used and on_disk:
                 raise MoeCollabError(
                     f"MixedBitAllocModifier.{key}: {getattr(self, key)} needs a backward pass, but the model is "
                     "offloaded to disk. Load it without offloading, or leave the field out."
                 )
 
-    def _check_quantizer_follows(self) -> None:
-        followers = following_quantizers(self)
-        self._to_nearest = any(isinstance(follower, QuantizationModifier) for follower in followers)
-        self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
-        if TERNARY in self.bits and not self._fisher:
-            raise MoeCollabError(
-                "MixedBitAllocModifier.bits: only FisherGPTQModifier rounds to ternary. Put it after "
-                "MixedBitAllocModifier, or take `ternary` out."
-            )
-        if not followers:
-            raise MoeCollabError(
-                "MixedBitAllocModifier: no quantizer comes after it in the recipe, so nothing would be rounded. "
-                "Add `GPTQModifier: {ignore: [lm_head]}` after it."
-            )
-        for quantizer in followers:
-            who = type(quantizer).__name__
-            if quantizer.scheme is not None or quantizer.config_groups is not None:
-                raise MoeCollabError(
-                    f"{who}: its `scheme` or `config_groups` would override the allocated bits. Remove them; name "
-                    "the bits of other tensors in MixedBitAllocModifier.fixed."
-                )
-            if str(getattr(quantizer, "actorder", None)) in ("group", "ActivationOrdering.GROUP"):
-                raise MoeCollabError(
-                    f"{who}.actorder: `group` stores weight_g_idx, which no mixed-bit kernel serves. Use `static`."
-                )
-
-    def _targets(self, model: torch.nn.Module, moe: MoEModel) -> dict[str, torch.nn.Linear]:
-        """Every Linear that may lose bits: routed experts, what `fixed` names, and with scope `model` all others."""
-        experts = {id(module) for layer in moe.layers for *_, module in layer.projections()}
-        routers = {id(layer.router) for layer in moe.layers}
-        found = {}
-        for name, module in match_named_modules(model, ["Linear"], self.ignore):
-            if id(module) in routers:
-                continue
-            others = self.scope == "model" and module.out_features >= _FEWEST_ROWS and not _is_tied(model, module)
-            if id(module) in experts or others or self.fixed_bits(name) not in (None, 16):
-                found[name] = module
-        return found
-
-    def on_calibration_start(self, state: State, event: Event, **kwargs) -> None:
-        """Reuse the plan if there is one; otherwise watch what reaches every expert."""
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Reuse the plan if there is one; otherwise watch what reaches every expert of a model on disk."""
         others = [type(m).__name__ for m in modifiers_of_this_pass() if m is not self]
         if any(isinstance(m, QuantizationMixin) for m in modifiers_of_this_pass()):
             raise MoeCollabError(
                 f"MixedBitAllocModifier shares its calibration pass with {others}, but it decides about all layers at "
                 "once, before any is rounded. Use oneshot(pipeline='independent'), the default."
             )
-        self._moe = describe(state.model)
+        model: Any = state.model
+        self._moe = describe(model)
         if self.plan and Path(self.plan).exists():
             self._reused = CompressionPlan.load(self.plan)
-            self._reused.check_matches(self.plan, model_fingerprint(state.model), self._recipe_fingerprint())
+            self._reused.check_matches(self.plan, model_fingerprint(model), self._recipe_digest())
             logger.info("MixedBitAllocModifier: reusing {}", self.plan)
             return
-        self._planner = self.planner(state.model)
+        # Experts that a pattern names may have been pruned by now.
+        self._planner = self.planner(model, strict=False)
         self._check_budget(self._planner)
-        if self._backward:
-            return
-        if is_distributed():
-            raise MoeCollabError(
-                "MixedBitAllocModifier: a model that is offloaded to disk is allocated in a single process, and "
-                "torchrun started several. Load it without offloading, or write a `plan` in one process first."
-            )
-        logger.warning(
-            "MixedBitAllocModifier: the model is offloaded to disk; costs come from errors at the experts' outputs, "
-            "and the decision is not compared with uniform schemes."
-        )
-        self._sensitivity = Sensitivity(self._round_to_nearest, [s for s in self.schemes() if s.is_packed])
-        for layer in self._moe.layers:
-            tap = RoutingTap(self, layer)
-            self._sensitivity.watch(layer)
-            self.register_hook(layer.experts, partial(self._sensitivity.see, layer, tap), "forward")
+        if is_on_disk(model):
+            self._disk_costs = DiskCosts(self, model, self._moe, self._planner)
 
-    def _round_to_nearest(self, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-        return rounded(weight, weight_arguments(*scheme))
-
-    def _recipe_fingerprint(self) -> str:
+    def _recipe_digest(self) -> str:
         mine = type(self).model_fields.keys() - Modifier.model_fields.keys() - {"plan", "costs"}
-        return fingerprint(self.model_dump(include=mine))
+        return description_digest(self.model_dump(include=mine))
 
-    def on_sequential_epoch_end(self, state: State, event: Event, modules: list | None = None, **kwargs) -> None:
+    def on_sequential_epoch_end(self, state: State, event: Event, modules: list | None = None, **kwargs: Any) -> None:
         """Turn the statistics of finished layers into costs, and let them go."""
-        done = {id(module) for module in modules or ()}
-        for layer in self._moe.layers if self._moe and self._sensitivity else ():
-            if id(layer.router) in done:
-                self._sensitivity.close(layer)
+        if self._disk_costs is not None:
+            self._disk_costs.close(modules or [])
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Decide, write the plan down, and hand the bits to the next quantizer."""
         self.remove_hooks()
+        assert self._moe is not None
+        model: Any = state.model
         plan = self._reused or agreed(self._decide(state))
         if self.plan and not self._reused and is_source_process():
             plan.save(self.plan)
-        self._apply(state.model, plan)
-        expect_plan(state.model, plan)
+        if any(plan.dropped.values()):
+            self._let_quantizers_see(state)
+        apply_plan(model, self._moe, plan)
 
     def _decide(self, state: State) -> CompressionPlan:
         assert self._moe is not None and self._planner is not None
-        model, planner = state.model, self._planner
-        if self._sensitivity is not None:
-            table = self._sensitivity.finished(kl_per_squared_error(model, self._moe, state.data.calib))
-            found = Found(planner.decide(table), table)
+        model: Any = state.model
+        planner, fingerprint = self._planner, model_fingerprint(model)
+        if self._disk_costs is not None:
+            table = self._disk_costs.table(state.data.calib)
+            found = Decided(planner.cheapest(table), table)
         else:
+            # As the next quantizer rounds, or to nearest: other quantizers round better, but alike for all.
+            faithful = bool(self._fisher)
+            rounder = Rounder(feedback=faithful, descent=faithful, scale_dtype=model.dtype)
             batches = calibration_batches(state)
             with eval_context(model):
-                search = Search(model, self._moe, planner, self, self._rounder(model))
-                found = search.run(batches, model_fingerprint(model))
-                if found.decision.dropped:
-                    self._let_quantizers_see(model, batches)
-        plan = self._plan(model, planner, found)
-        coverage(plan.routed_tokens)
-        outcome(plan)
+                measured = LiveMeasurements(model, self._moe, planner, rounder, batches, fingerprint, self.costs)
+                found = decide(planner, measured)
+        plan = compression_plan(planner, found, fingerprint, self._recipe_digest())
+        warn_of_seldom_reached(plan.routed_tokens)
+        report_decision(plan)
         return plan
 
-    def _rounder(self, model: Any) -> Rounder:
-        """As the next quantizer rounds, or to nearest: other quantizers round better, but alike for all."""
-        faithful = bool(self._fisher)
-        return Rounder(feedback=faithful, descent=faithful, scale_dtype=model.dtype)
-
-    def _plan(self, model: Any, planner: Planner, found: Found) -> CompressionPlan:
-        assert self._moe is not None
-        decision = found.decision
-        gone = max(map(len, decision.dropped.values()), default=0) if self.pruning == "physical" else 0
-        return CompressionPlan(
-            model_fingerprint=model_fingerprint(model),
-            recipe_fingerprint=self._recipe_fingerprint(),
-            num_experts=self._moe.num_experts - gone,
-            num_experts_per_tok=self._moe.top_k,
-            pruning=self.pruning,
-            dropped=decision.dropped,
-            schemes={name: str(scheme) for name, scheme in decision.schemes.items()},
-            budget_bytes=self._bytes(model),
-            budget_bpw=self.bpw,
-            predicted_bytes=planner.file_bytes(decision),
-            expert_bpw=planner.expert_bpw(decision.schemes),
-            predicted_kl=decision.cost,
-            bound_kl=min(decision.bound, decision.cost),
-            heldout_kl=found.kl,
-            uniform=found.uniform,
-            uniform_kl=found.uniform_kl,
-            routed_tokens=found.table.routed_tokens,
-        )
-
-    def _let_quantizers_see(self, model: Any, batches: Batches) -> None:
+    def _let_quantizers_see(self, state: State) -> None:
         """Have tuning aim at the model as it is before experts go."""
-        for quantizer in self._fisher:
-            if quantizer.tuning_steps:
-                quantizer.learn_from(teach(model, batches))
+        model: Any = state.model
+        tuned = [quantizer for quantizer in self._fisher if quantizer.tuning_steps]
+        if tuned:
+            batches = calibration_batches(state)
+            with eval_context(model):
+                lessons = teach(model, batches)
+            for quantizer in tuned:
+                quantizer.learn_from(lessons)
 
-    def _apply(self, model: torch.nn.Module, plan: CompressionPlan) -> None:
-        assert self._moe is not None
-        forget_empty_schemes(model)
-        for name, scheme in plan.parsed().items():
-            if scheme.is_packed:
-                attach_scheme(model.get_submodule(name), scheme)
-        self._keep_starved(plan)
-        for layer in self._moe.layers:
-            if not (gone := plan.dropped.get(layer.name)):
-                continue
-            if plan.pruning == "masked":
-                check_mask(self._moe, layer.name, gone)
-                mask_experts(layer, gone)
-            else:
-                keep_experts(layer, [index for index in range(layer.num_experts) if index not in gone])
-
-    def _keep_starved(self, plan: CompressionPlan) -> None:
-        """Copy the weights of experts that hardly any token reaches: GPTQ zeroes what it has seen no input of."""
-        assert self._moe is not None
-        for layer in self._moe.layers:
-            few = {e for e, tokens in enumerate(plan.routed_tokens[layer.name]) if tokens < FEW_TOKENS}
-            for _, index, _, module in layer.projections():
-                if index in few and hasattr(module, "quantization_scheme"):
-                    self._originals[module] = module.weight.detach().clone()
-
-    def on_finalize(self, state: State, **kwargs) -> bool:
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Round to nearest what GPTQ could not: experts that no calibration token was routed to."""
-        repaired = []
-        for name, module in state.model.named_modules():
-            if getattr(module, "quantization_scheme", None) is None or not hasattr(module, "weight_scale"):
-                continue
-            if not is_sound(module) and self._to_nearest:
-                settle(module)
-            if is_sound(module):
-                continue
-            if module not in self._originals:
-                raise MoeCollabError(
-                    f"{name}: the quantizer left it all zero, not finite or unrounded, and its original is gone. "
-                    "Calibrate with more tokens, or with oneshot(moe_calibrate_all_experts=True)."
-                )
-            round_in_place(module, self._originals[module])
-            repaired.append(name)
-        if repaired:
-            logger.warning(
-                "{} expert tensors saw no calibration token and were rounded to nearest: {} ...",
-                len(repaired),
-                repaired[0],
-            )
-        self._originals.clear()
+        repair_starved(state.model, snap=self._to_nearest)
         return True
-
-
-def _first(patterns: Mapping[str, int], name: str) -> int | None:
-    """Value of the first pattern found in `name`."""
-    return next((value for pattern, value in patterns.items() if re.search(pattern, name)), None)
-
-
-def _is_tied(model: Any, module: torch.nn.Linear) -> bool:
-    return module is model.get_output_embeddings() and bool(getattr(model.config, "tie_word_embeddings", False))

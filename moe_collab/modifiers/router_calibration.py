@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import disable_quantization, enable_quantization
@@ -18,16 +18,19 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
-from ..architectures import MoEModel, describe
 from ..calibration import float32_weights, held_out
-from ..calibration.settling import BlockOutputs, settle_blocks, settle_predictions
-from ..calibration.small_tensors import Factors, SmallTensor, Whole, settled
+from ..calibration.learning import BlockOutputs, learn_blocks, learn_predictions
+from ..calibration.small_tensors import Factors, SmallTensor, Whole, as_stored
 from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach, texts
+from ..distributed import agreed, store
 from ..errors import MoeCollabError
-from .common import calibration_batches, check_data, check_unquantized, is_on_disk
-from .distributed import agreed, store
-from .saving import install_save
-from .schemes import codes_of, is_sound, settle
+from ..moe_model import MoEModel, describe
+from .glue.data import calibration_batches, check_data
+from .glue.recipe import check_unquantized, is_on_disk, quantizers_before
+from .glue.saving import install_save
+from .glue.schemes import codes_of
+from .glue.starved import counted_tokens, keep_starved, repair_starved
+from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["RouterCalibrationModifier"]
 
@@ -68,13 +71,13 @@ class RouterCalibrationModifier(Modifier):
     def _once(cls, value: list[Target]) -> list[Target]:
         return list(dict.fromkeys(value))
 
-    def on_initialize(self, state: State, **kwargs) -> bool:
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Learn what the original model says, before anything changes it."""
         model = state.model
         check_unquantized(model, "RouterCalibrationModifier", schemes=True)
         check_data(state, "RouterCalibrationModifier")
-        moe, on_disk = describe(model), is_on_disk(model)
-        if on_disk and self.objective == "predictions":
+        moe = describe(model)
+        if is_on_disk(model) and self.objective == "predictions":
             raise MoeCollabError(
                 "RouterCalibrationModifier.objective: the model is offloaded to disk, and the backward pass of "
                 "`predictions` needs all weights at hand. Use `blocks`, or load it without offloading."
@@ -84,25 +87,32 @@ class RouterCalibrationModifier(Modifier):
             raise MoeCollabError(
                 "RouterCalibrationModifier: it needs two batches of calibration data, one of them to judge the other."
             )
+        call_experts_alike(moe)
         install_save(model)
         with eval_context(model), _quantization_off(model):
-            if on_disk or self.objective == "blocks":
+            self._learn_original(model, moe, batches)
+        return True
+
+    def _learn_original(self, model: Any, moe: MoEModel, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Keep what the model says, and the weights of experts that a quantizer before this modifier may zero."""
+        blocks = is_on_disk(model) or self.objective == "blocks"
+        known, unseen = held_out(batches)
+        own = texts(model, known) if blocks and not is_on_disk(model) else []
+        with counted_tokens(moe, len(known)) as routed_tokens:
+            if blocks:
                 self._folder = TemporaryDirectory(prefix="moe-collab-")
-                known, unseen = held_out(batches)
-                if not on_disk:
-                    known += texts(model, known)
-                self._outputs = BlockOutputs(model, moe, known, unseen, Path(self._folder.name))
+                self._outputs = BlockOutputs(model, moe, known + own, unseen, Path(self._folder.name))
                 self._lessons = Lessons([], recite(model, unseen), head_of(model))
             else:
                 self._lessons = teach(model, batches)
-        return True
+        if quantizers_before(self):
+            keep_starved(moe, routed_tokens)
 
-    def on_calibration_end(self, state: State, event: Event, **kwargs) -> None:
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Tune, judge, and store what is better."""
         model = state.model
         with eval_context(model), _quantization_off(model):
-            for module in [module for module in _quantized(model).values() if not is_sound(module)]:
-                settle(module)
+            repair_starved(model, snap=True)
             self._calibrate(model, describe(model))
         self._lessons = self._outputs = None
         if self._folder is not None:
@@ -118,12 +128,12 @@ class RouterCalibrationModifier(Modifier):
             return
         tensors = self._tensors(model, moe)
         if self._outputs is None:
-            found = settle_predictions(model, list(tensors.values()), lessons, self.steps)
+            found = learn_predictions(model, list(tensors.values()), lessons, self.steps)
             logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
         else:
-            for name, found in settle_blocks(model, moe, tensors, self._outputs, self.steps).items():
+            for name, found in learn_blocks(model, moe, tensors, self._outputs, self.steps).items():
                 logger.info("{}: relative error of its output from {:.5f} to {:.5f}", name, found.before, found.after)
-        with torch.no_grad(), float32_weights(model), settled(tensors.values()):
+        with torch.no_grad(), float32_weights(model), as_stored(tensors.values()):
             after = kl_of(model, lessons.head, lessons.unseen)
         logger.info(
             "RouterCalibrationModifier: KL on held-out tokens from {:.4f} to {:.4f}{}",
@@ -133,7 +143,7 @@ class RouterCalibrationModifier(Modifier):
         )
         if agreed(after < before):
             for tensor in tensors.values():
-                for name, value in tensor.settled().items():
+                for name, value in tensor.stored().items():
                     store(tensor.module, name, value)
 
     def _tensors(self, model: nn.Module, moe: MoEModel) -> dict[str, SmallTensor]:
@@ -164,8 +174,8 @@ class Scales(Factors):
         super().__init__(module, groups, pace)
         self._scale_dtype = module.weight_scale.dtype
 
-    def settled(self) -> dict[str, torch.Tensor]:
-        """As `SmallTensor.settled`; codes and zero points stay."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """As `SmallTensor.stored`; codes and zero points stay."""
         codes, scale, zero_point = codes_of(self.module)
         scale = (scale.float() * self.learned.detach()).to(self._scale_dtype)
         weight = dequantize(codes, scale, zero_point, self.module.quantization_scheme.weights)

@@ -9,31 +9,31 @@ import torch
 
 from .grid import Grid, nearest
 
-__all__ = ["damped", "descend", "feed_back", "loss", "refit"]
+__all__ = ["coordinate_descent", "damped", "feed_back", "loss", "refit"]
 
 _BLOCK = 128
 
 
-def damped(hessians: torch.Tensor, share: float) -> torch.Tensor:
+def damped(moments: torch.Tensor, share: float) -> torch.Tensor:
     """H [batch, columns, columns] plus a share of its mean diagonal."""
-    mean = hessians.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
-    return hessians + torch.diag_embed((share * mean)[:, None].expand(hessians.shape[:2]))
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
+    return moments + torch.diag_embed((share * mean)[:, None].expand(moments.shape[:2]))
 
 
-def feed_back(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid) -> None:
+def feed_back(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
     """GPTQ (arXiv 2210.17323) with static activation order: sets `grid.codes`, keeping its scales and zeros.
 
-    `weights` [batch, rows, columns], `hessians` [batch, columns, columns], positive definite.
+    `weights` [batch, rows, columns], `moments` [batch, columns, columns], positive definite.
     """
-    order = hessians.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    order = moments.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     by_column = order[:, None, :].expand_as(weights)
     left = weights.gather(2, by_column)
     scales = grid.wide(grid.scales).gather(2, by_column)
     zeros = grid.wide(grid.zeros).gather(2, by_column)
-    sorted_hessians = hessians.gather(1, order[:, :, None].expand_as(hessians)).gather(
-        2, order[:, None, :].expand_as(hessians)
+    sorted_moments = moments.gather(1, order[:, :, None].expand_as(moments)).gather(
+        2, order[:, None, :].expand_as(moments)
     )
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(sorted_hessians)), upper=True)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(sorted_moments)), upper=True)
     codes = torch.empty_like(left)
     columns = left.shape[2]
     for start in range(0, columns, _BLOCK):
@@ -49,13 +49,13 @@ def feed_back(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid) -> None
     grid.codes = torch.empty_like(codes).scatter_(2, by_column, codes)
 
 
-def descend(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid, passes: int) -> None:
+def coordinate_descent(weights: torch.Tensor, moments: torch.Tensor, grid: Grid, passes: int) -> None:
     """Move one code after the other to where the loss is least, all others fixed; the loss never rises."""
     low, high = grid.scheme.levels
     scales, zeros = grid.wide(grid.scales), grid.wide(grid.zeros)
     codes = grid.codes.clone()
-    slope = ((codes - zeros) * scales - weights) @ hessians
-    curvature = hessians.diagonal(dim1=-2, dim2=-1)[:, None, :] * scales
+    slope = ((codes - zeros) * scales - weights) @ moments
+    curvature = moments.diagonal(dim1=-2, dim2=-1)[:, None, :] * scales
     columns = weights.shape[2]
     for _ in range(passes):
         for start in range(0, columns, _BLOCK):
@@ -64,25 +64,25 @@ def descend(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid, passes: i
             for j in range(start, end):
                 best = (codes[:, :, j] - slope[:, :, j] / curvature[:, :, j]).round().clamp(low, high)
                 change = (best - codes[:, :, j]) * scales[:, :, j]
-                slope[:, :, start:end] += change[:, :, None] * hessians[:, None, j, start:end]
+                slope[:, :, start:end] += change[:, :, None] * moments[:, None, j, start:end]
                 codes[:, :, j], moved[:, :, j - start] = best, change
             if columns > end - start:
                 within = slope[:, :, start:end].clone()
-                slope += moved @ hessians[:, start:end]
+                slope += moved @ moments[:, start:end]
                 slope[:, :, start:end] = within
     grid.codes = codes
 
 
-def refit(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid) -> None:
+def refit(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
     """Set the scales to the least-squares ones for these codes, drawn a little towards the present ones."""
     batch, rows = weights.shape[:2]
     size, groups = grid.group, grid.scales.shape[2]
     levels = grid.codes - grid.wide(grid.zeros)
-    target = (levels * (weights @ hessians)).reshape(batch, rows, groups, size).sum(-1)
+    target = (levels * (weights @ moments)).reshape(batch, rows, groups, size).sum(-1)
     matrix = torch.empty(batch, rows, groups, groups)
     for k in range(groups):
         part = slice(k * size, (k + 1) * size)
-        matrix[:, :, k] = ((levels[:, :, part] @ hessians[:, part]) * levels).reshape(batch, rows, groups, size).sum(-1)
+        matrix[:, :, k] = ((levels[:, :, part] @ moments[:, part]) * levels).reshape(batch, rows, groups, size).sum(-1)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     pull = 1e-3 * diagonal.mean(-1, keepdim=True).clamp_min(1e-9)
     matrix = matrix + torch.diag_embed(pull.expand_as(diagonal))
@@ -92,7 +92,7 @@ def refit(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid) -> None:
     grid.scales = torch.where(sound, fitted, grid.scales)
 
 
-def loss(weights: torch.Tensor, hessians: torch.Tensor, grid: Grid) -> torch.Tensor:
+def loss(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> torch.Tensor:
     """(q - w) H (q - w)^T summed over rows, [batch]."""
     error = grid.values() - weights
-    return ((error @ hessians) * error).sum((1, 2))
+    return ((error @ moments) * error).sum((1, 2))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import Scheme
-from .feedback import damped, descend, feed_back, refit
+from .feedback import coordinate_descent, damped, feed_back, refit
 from .grid import Grid, nearest
-from .scales import search
+from .scales import best_grid
 
 __all__ = ["Rounder"]
 
@@ -26,15 +26,15 @@ class Rounder:
     descent: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
 
-    def __call__(self, weights: torch.Tensor, hessians: torch.Tensor, scheme: Scheme) -> Grid:
-        """Round `weights` [batch, rows, columns]; `hessians` [batch, row blocks, columns, columns].
+    def __call__(self, weights: torch.Tensor, moments: torch.Tensor, scheme: Scheme) -> Grid:
+        """Round `weights` [batch, rows, columns]; second `moments` [batch, row blocks, columns, columns].
 
         A weight's rows fall into equal blocks, each with a second moment of its own.
         """
-        batch, blocks = hessians.shape[:2]
-        moments = hessians.flatten(0, 1)
+        batch, blocks = moments.shape[:2]
+        moments = moments.flatten(0, 1)
         rows = weights.float().reshape(batch * blocks, -1, weights.shape[2])
-        grid = search(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
+        grid = best_grid(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
         self._narrow(grid)
         if self.feedback:
             feed_back(rows, damped(moments, 0.01), grid)
@@ -46,10 +46,10 @@ class Rounder:
 
     def _descend(self, rows: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
         refit(rows, moments, grid)
-        descend(rows, moments, grid, passes=2)
+        coordinate_descent(rows, moments, grid, passes=2)
         refit(rows, moments, grid)
         self._narrow(grid)
-        descend(rows, moments, grid, passes=1)
+        coordinate_descent(rows, moments, grid, passes=1)
 
     def _narrow(self, grid: Grid) -> None:
         grid.scales = grid.scales.to(self.scale_dtype).float()

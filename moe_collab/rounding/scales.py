@@ -9,15 +9,15 @@ import torch
 from ..formats import TERNARY, Scheme
 from .grid import Grid, nearest
 
-__all__ = ["search"]
+__all__ = ["best_grid"]
 
 _TINY = 1e-9
 
 
-def search(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
+def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
     """Round `weights` [batch, rows, columns] to nearest on the best grid found.
 
-    `importance` [batch, columns] weighs squared errors: the diagonal of the Hessian.
+    `importance` [batch, columns] weighs squared errors: the diagonal of the second moment.
     """
     batch, rows, columns = weights.shape
     group = scheme.group_of(columns)

@@ -70,9 +70,9 @@ class MoeCollabConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, schemes.prefix)
         if type(layer) in SERVED:
             names = self._parts(prefix)
-            schemes = [self._scheme(layer, name) for name in names]
-            if _serves_linear(layer, schemes):
-                return MixedBitLinearMethod(names, [stored_scheme(n, s) for n, s in zip(names, schemes, strict=True)])
+            parts = [self._scheme(layer, name) for name in names]
+            if _serves_linear(layer, parts):
+                return MixedBitLinearMethod(names, [stored_scheme(n, p) for n, p in zip(names, parts, strict=True)])
         return super().get_quant_method(layer, prefix)
 
     def _parts(self, prefix: str) -> list[str]:

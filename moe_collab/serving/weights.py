@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -22,7 +22,7 @@ KINDS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero
 BUFFERS = ("codes", "scales", "zero_points", "table", "bias")
 
 
-def is_packed(described: dict[str, Any] | None) -> bool:
+def is_packed(described: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Whether a compressed-tensors scheme is weight-only, in integers of 2 to 8 bits or ternary, as we can serve it."""
     weights = described and described.get("weights")
     if not described or not weights or described.get("input_activations") is not None:

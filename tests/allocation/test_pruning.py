@@ -9,6 +9,11 @@ from hypothesis import strategies as st
 
 from moe_collab import MoeCollabError
 from moe_collab.allocation import ExpertChoice, masked_violations, solve, solve_physical
+from moe_collab.routers import RouterLimits
+
+
+def limits(top_k, n_group=1, topk_group=1):
+    return RouterLimits(0, top_k, n_group, topk_group)
 
 
 def problem(seed, layers, groups, width, options, shared=0, keep=False):
@@ -33,7 +38,7 @@ def allowed(kept, pruning):
     if pruning.form == "masked":
         return not masked_violations(kept, pruning)
     counts = pruning.kept_counts(kept)
-    return (counts == counts[0, 0]).all() and counts[0, 0] >= pruning.least_kept
+    return (counts == counts[0, 0]).all() and counts[0, 0] >= pruning.limits.least_kept
 
 
 def brute_force(sizes, costs, budget, pruning):
@@ -69,7 +74,7 @@ SHAPE = st.sampled_from([(1, 1, 5), (2, 1, 3), (1, 2, 3), (1, 3, 2), (2, 1, 2)])
 @settings(max_examples=60, deadline=None)
 def test_against_brute_force(form, seed, shape, top_k, live, share, shared, keep):
     sizes, costs, layers, groups = problem(seed, *shape, 3, shared, keep)
-    pruning = ExpertChoice(form, layers, groups, top_k, n_group=shape[1], topk_group=min(live, shape[1]))
+    pruning = ExpertChoice(form, layers, groups, limits(top_k, shape[1], min(live, shape[1])))
     budget = int(share * sizes.max(axis=1).sum())
     least, best = brute_force(sizes, costs, budget, pruning)
     if np.isinf(best):
@@ -87,7 +92,7 @@ def test_against_brute_force(form, seed, shape, top_k, live, share, shared, keep
 @settings(max_examples=25, deadline=None)
 def test_constraints_hold_and_the_bound_is_near(form, seed, share, shape):
     sizes, costs, layers, groups = problem(seed, *shape, 6, shared=5)
-    pruning = ExpertChoice(form, layers, groups, 5, n_group=shape[1], topk_group=2)
+    pruning = ExpertChoice(form, layers, groups, limits(5, shape[1], 2))
     budget = int(share * sizes.max(axis=1).sum())
     try:
         solution = solve(sizes, costs, budget, pruning=pruning)
@@ -101,7 +106,7 @@ def test_constraints_hold_and_the_bound_is_near(form, seed, share, shape):
 
 def test_the_scan_is_as_good_as_every_count_alone():
     sizes, costs, layers, groups = problem(3, 4, 2, 6, 5)
-    pruning = ExpertChoice("physical", layers, groups, 3, n_group=2, topk_group=2)
+    pruning = ExpertChoice("physical", layers, groups, limits(3, 2, 2))
     budget = int(0.3 * sizes.max(axis=1).sum())
     scan = solve_physical(sizes, costs, budget, pruning)
     assert set(scan.costs) <= set(scan.bounds) <= set(range(2, 7))
@@ -117,33 +122,33 @@ def test_nothing_is_dropped_when_everything_fits_and_dropping_costs():
     sizes, costs, layers, groups = problem(5, 2, 1, 8, 4)
     costs[:, 0] = 100.0
     for form in ("physical", "masked"):
-        pruning = ExpertChoice(form, layers, groups, 2)
+        pruning = ExpertChoice(form, layers, groups, limits(2))
         solution = solve(sizes, costs, int(sizes.max(axis=1).sum()), pruning=pruning)
         assert kept_by(solution, sizes, layers).all() and solution.gap == 0
 
 
 def test_a_harmful_expert_is_dropped_though_it_would_fit():
     sizes, costs = np.array([[0, 5]] * 4), np.array([[0.0, 1.0], [9.0, 1.0], [9.0, 1.0], [9.0, 1.0]])
-    pruning = ExpertChoice("masked", np.zeros(4, int), np.zeros(4, int), 2)
+    pruning = ExpertChoice("masked", np.zeros(4, int), np.zeros(4, int), limits(2))
     assert solve(sizes, costs, 1000, pruning=pruning).choice.tolist() == [0, 1, 1, 1]
 
 
 def test_masked_violations_name_each_rule():
-    pruning = ExpertChoice("masked", np.zeros(12, int), np.repeat(np.arange(4), 3), 5, n_group=4, topk_group=2)
+    pruning = ExpertChoice("masked", np.zeros(12, int), np.repeat(np.arange(4), 3), limits(5, 4, 2))
 
     def wrong(*counts):
         return masked_violations(np.concatenate([np.arange(3) < count for count in counts]), pruning)
 
     assert wrong(3, 3, 3, 3) == wrong(3, 2, 0, 0) == wrong(3, 3, 2, 0) == []
-    assert "keeps 1 expert" in wrong(3, 3, 1, 3)[0]
-    assert "1 routing groups live" in wrong(3, 0, 0, 0)[0]
-    assert "reach only 4 experts" in wrong(3, 2, 2, 0)[0]
+    assert "would keep 1 expert" in wrong(3, 3, 1, 3)[0]
+    assert "1 routing groups would keep" in wrong(3, 0, 0, 0)[0]
+    assert "could reach 4 experts" in wrong(3, 2, 2, 0)[0]
 
 
 def test_same_input_same_output():
     sizes, costs, layers, groups = problem(9, 4, 2, 8, 5)
     for form in ("physical", "masked"):
-        pruning = ExpertChoice(form, layers, groups, 4, n_group=2, topk_group=1)
+        pruning = ExpertChoice(form, layers, groups, limits(4, 2, 1))
         first, second = (solve(sizes, costs, 700, pruning=pruning).choice for _ in range(2))
         assert (first == second).all()
 
@@ -151,10 +156,10 @@ def test_same_input_same_output():
 def test_bad_couplings():
     sizes, costs, layers, groups = problem(1, 1, 1, 4, 3)
     with pytest.raises(MoeCollabError, match="name each of the 4 items"):
-        solve(sizes, costs, 100, pruning=ExpertChoice("masked", layers[1:], groups[1:], 1))
+        solve(sizes, costs, 100, pruning=ExpertChoice("masked", layers[1:], groups[1:], limits(1)))
     with pytest.raises(MoeCollabError, match="group outside 0 to 0"):
-        solve(sizes, costs, 100, pruning=ExpertChoice("masked", layers, groups + 1, 1))
+        solve(sizes, costs, 100, pruning=ExpertChoice("masked", layers, groups + 1, limits(1)))
     with pytest.raises(MoeCollabError, match="no item is an expert"):
-        solve(sizes, costs, 100, pruning=ExpertChoice("masked", layers - 1, groups, 1))
+        solve(sizes, costs, 100, pruning=ExpertChoice("masked", layers - 1, groups, limits(1)))
     with pytest.raises(MoeCollabError, match="5 experts per group cannot be kept: the smallest group has 4"):
-        solve_physical(sizes, costs, 100, ExpertChoice("physical", layers, groups, 1), kept=5)
+        solve_physical(sizes, costs, 100, ExpertChoice("physical", layers, groups, limits(1)), kept=5)

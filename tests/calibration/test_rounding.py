@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
-from moe_collab.architectures import describe
 from moe_collab.calibration import (
     Trial,
     float32_weights,
@@ -15,13 +14,14 @@ from moe_collab.calibration import (
     replaced_weights,
     round_model,
 )
-from moe_collab.calibration import rounding as module
+from moe_collab.calibration import rounded_model as module
 from moe_collab.calibration.linears import capture_linears
 from moe_collab.calibration.live import predict
 from moe_collab.calibration.teacher import kl_of, teach
 from moe_collab.calibration.tuning import tune_grids
 from moe_collab.errors import MoeCollabError
 from moe_collab.formats import Scheme
+from moe_collab.moe_model import describe
 from moe_collab.rounding import Rounder
 
 NEAREST = Rounder(feedback=False)

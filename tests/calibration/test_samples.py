@@ -1,14 +1,16 @@
 """The captured Fisher information predicts what small errors really do."""
 
+import re
+
 import pytest
 import torch
 
 pytest.importorskip("llmcompressor")
 
-from moe_collab.architectures import describe
 from moe_collab.calibration import capture, float32_weights, log_probabilities, masked_routers, mean_kl
 from moe_collab.calibration.study import LayerStudy
 from moe_collab.errors import MoeCollabError
+from moe_collab.moe_model import describe
 
 
 def test_predicts_the_kl_of_noise_at_the_last_layer(model, batches):
@@ -62,14 +64,25 @@ def test_losing_an_expert_costs_more_the_more_of_them_are_gone(model, batches):
     assert besides[4:].sum() > alone[4:].sum()
 
 
-def test_padding_is_left_out_and_nan_is_named(model, batches):
+def test_padding_is_left_out(model, batches):
     layer = describe(model).layers[0]
     padded = {k: v.clone() for k, v in batches[0].items()}
     padded["attention_mask"][:, 100:] = 0
     assert capture(model, [layer], [padded])[layer.name].num_tokens == 8 * 100
-    handle = layer.experts.register_forward_pre_hook(lambda _m, args: (args[0] * float("nan"), *args[1:]))
+
+
+@pytest.mark.parametrize("what", ["inputs", "outputs"])
+def test_nan_is_named_by_the_layer_where_it_begins(what, model, batches):
+    layers = describe(model).layers
+    if what == "inputs":
+        spoil = layers[1].experts.register_forward_pre_hook(lambda _m, args: (args[0] * float("nan"), *args[1:]))
+    else:
+        spoil = layers[1].experts.register_forward_hook(lambda _m, _args, out: out * float("nan"))
+    message = f"^{re.escape(layers[1].name)}: the experts' {what} on the calibration data are NaN"
     try:
-        with pytest.raises((MoeCollabError, RuntimeError)):
-            capture(model, [layer], batches[:1])
+        with pytest.raises(MoeCollabError, match=message):
+            capture(model, layers, batches[:1])
+        with pytest.raises(MoeCollabError, match=r"^the model's predictions on the calibration data are NaN"):
+            capture(model, layers[:1], batches[:1])
     finally:
-        handle.remove()
+        spoil.remove()

@@ -66,3 +66,8 @@ def expert_specs(hidden: int, width: int, bits: Sequence[Sequence[int]], group: 
 
     shapes = ((width, hidden), (width, hidden), (hidden, width))
     return [spec(b, *s) for row in bits for b, s in zip(row, shapes, strict=True)]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is expected."""
+    return float((found.float() - expected).norm() / expected.norm().clamp(min=1e-30))

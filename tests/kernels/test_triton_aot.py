@@ -7,7 +7,7 @@ from integration.benchmarks.triton_aot import TARGETS, compile_kernel
 from moe_collab.kernels.triton import kernels
 from moe_collab.kernels.triton.ops import INTERPRETED
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing; test_triton.py needs it")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter, which the other files need, compiles nothing")
 
 
 @pytest.mark.parametrize("name", ["gate_up", "down", "combine", "linear"])

@@ -1,4 +1,4 @@
-"""The tuner's search, and what it reads and writes; test_triton.py runs it over interpreted kernels."""
+"""The tuner's search, and what it reads and writes; test_triton_tiles.py runs it over interpreted kernels."""
 
 import json
 import math

@@ -127,7 +127,7 @@ def test_not_finite_calibration_never_prunes(tiny, tmp_path):
 
 def test_a_save_that_goes_wrong_is_discarded(tiny, tmp_path, monkeypatch):
     model = run(tiny("qwen3_moe"), {"MixedBitAllocModifier": {**ALLOCATE, "bits": [2, 4]}}, QUANTIZE)
-    from moe_collab.modifiers import saving
+    from moe_collab.modifiers.glue import saving
 
     def spoil(directory, schemes, plain):
         from safetensors.torch import load_file, save_file

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import moe_collab
 from moe_collab import MoeCollabError
-from moe_collab.architectures import describe
 from moe_collab.checkpoint.reader import Checkpoint
+from moe_collab.moe_model import describe
 from moe_collab.plan import CompressionPlan
 
 from .conftest import QUANTIZE, load, run, samples
@@ -61,7 +61,7 @@ def experts(checkpoint):
     return [n.rpartition(".")[0] for n in names]
 
 
-@pytest.mark.parametrize("granularity", ["expert", "projection", "layer"])
+@pytest.mark.parametrize("granularity", ["projection", "layer"])
 def test_byte_budget_is_met_exactly_as_predicted(granularity, tiny, tmp_path):
     budget, plan = 600_000, tmp_path / "plan.json"
     fields = {"budget": budget, "bits": [2, 3, 4, 8], "group_size": 32, "granularity": granularity, "plan": str(plan)}

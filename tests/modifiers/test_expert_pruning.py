@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 import moe_collab
 from moe_collab import MoeCollabError
-from moe_collab.architectures import describe, is_masked
-from moe_collab.modifiers.planner import model_fingerprint
+from moe_collab.architectures import is_masked
+from moe_collab.modifiers.glue.outline import model_fingerprint
+from moe_collab.moe_model import describe
 from moe_collab.pruning import CRITERIA, kept_experts
 from moe_collab.statistics import SavedStatistics
 

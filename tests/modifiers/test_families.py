@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from integration.families import check, readme_rows
 from integration.tiny_models import TINY_FAMILIES
 from moe_collab import MoeCollabError, architectures
-from moe_collab.architectures import describe, family_of, register_family
+from moe_collab.architectures import family_of, register_family
+from moe_collab.moe_model import describe
 
 from .conftest import load, run
 

@@ -12,11 +12,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 import moe_collab
 from integration.tiny_models import tiny_config
 from moe_collab import MoeCollabError
-from moe_collab.architectures import MASKED_BIAS, Family, MoELayer, MoEModel, describe
+from moe_collab.architectures import MASKED_BIAS, Family
 from moe_collab.checkpoint.reader import Checkpoint
-from moe_collab.modifiers.surgery import mask_experts
+from moe_collab.moe_model import MoELayer, MoEModel, describe
 from moe_collab.plan import CompressionPlan
 from moe_collab.pruning import check_mask
+from moe_collab.pruning.surgery import mask_experts
 
 from .conftest import QUANTIZE, load, run
 
@@ -110,7 +111,7 @@ def test_no_dead_expert_is_ever_selected(groups, top_k, dropped, seed, dtype):
     with torch.no_grad():
         selected = set(router(torch.randn(256, 128))[2].flatten().tolist())
     try:
-        check_mask(moe, "layer", dropped)
+        check_mask(moe.limits, "layer", dropped)
     except MoeCollabError:
         return
     assert not selected & dropped
@@ -130,7 +131,7 @@ def test_masks_by_hand(dropped, message):
     layer = MoELayer("layer", torch.nn.Module(), router, torch.nn.ModuleList(), "experts")
     moe = MoEModel(Family(("deepseek_v3",)), (layer,), 4, 2, 1.0)
     if message is None:
-        check_mask(moe, "layer", dropped)
+        check_mask(moe.limits, "layer", dropped)
         return
     with pytest.raises(MoeCollabError, match=message):
-        check_mask(moe, "layer", dropped)
+        check_mask(moe.limits, "layer", dropped)

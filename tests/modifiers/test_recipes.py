@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from moe_collab.allocation import parse_bytes
-from moe_collab.architectures import describe
-from moe_collab.calibration.costs import CostTable
+from moe_collab.allocation import CostTable, parse_bytes
+from moe_collab.moe_model import describe
 from moe_collab.pruning import wanted_num_experts, whole_groups
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
@@ -61,12 +60,12 @@ def test_is_valid_and_feasible(path, build):
     config, kept = CONFIGS[path.parent.name], {}
     if prune := found.get("ExpertPruningModifier"):
         moe = describe(build(config, num_hidden_layers=4))
-        wanted = wanted_num_experts(moe, prune.retention, prune.num_experts)
-        kept = {moe.family.num_experts_keys[0]: whole_groups(moe, wanted)}
+        wanted = wanted_num_experts(moe.limits, prune.retention, prune.num_experts)
+        kept = {moe.family.num_experts_keys[0]: whole_groups(moe.limits, wanted)}
     model, allocate = build(config, **kept), found["MixedBitAllocModifier"]
     assert all(list(match_named_modules(model, [f"re:.*{p}"])) for p in allocate.fixed)
     planner = allocate.planner(model)
-    decision = planner.decide(CostTable(), None if allocate.pruning == "none" else {})
+    decision = planner.cheapest(CostTable(), None if allocate.pruning == "none" else {})
     if allocate.budget is not None:
         assert planner.file_bytes(decision) <= parse_bytes(allocate.budget)
 

@@ -20,7 +20,7 @@ from .conftest import load, run, samples
 PRUNE = {"ExpertPruningModifier": {"retention": 0.75, "criterion": "importance"}}
 
 
-def settle(**fields):
+def calibrate(**fields):
     return {"RouterCalibrationModifier": {"steps": 20, **fields}}
 
 
@@ -50,9 +50,9 @@ def pruned(tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["predictions", "blocks"])
 def test_makes_up_for_lost_experts(objective, pruned, kl, tmp_path):
-    settled = compress(tmp_path / "out", PRUNE, settle(objective=objective))
-    assert kl(settled) < 0.97 * kl(pruned)
-    before, after = (load_file(path / "model.safetensors") for path in (pruned, settled))
+    calibrated = compress(tmp_path / "out", PRUNE, calibrate(objective=objective))
+    assert kl(calibrated) < 0.97 * kl(pruned)
+    before, after = (load_file(path / "model.safetensors") for path in (pruned, calibrated))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert any("mlp.gate.weight" in name for name in changed) and any("norm" in name for name in changed)
     assert all("experts" in name or "gate" in name or "norm" in name for name in changed)
@@ -60,8 +60,8 @@ def test_makes_up_for_lost_experts(objective, pruned, kl, tmp_path):
 
 @pytest.mark.parametrize("target", ["router", "norms", "gains"])
 def test_only_what_is_named_learns(target, pruned, tmp_path):
-    settled = compress(tmp_path / "out", PRUNE, settle(targets=[target], steps=8))
-    before, after = (load_file(path / "model.safetensors") for path in (pruned, settled))
+    calibrated = compress(tmp_path / "out", PRUNE, calibrate(targets=[target], steps=8))
+    before, after = (load_file(path / "model.safetensors") for path in (pruned, calibrated))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     part = {"router": "mlp.gate.", "norms": "norm", "gains": "experts."}[target]
     assert changed and all(part in name for name in changed)
@@ -86,7 +86,7 @@ def test_a_model_on_disk_is_tuned_block_by_block(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(
             FIXTURE, device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(tmp_path / "disk")
         )
-    run(model, PRUNE, settle(steps=8), output=tmp_path / "out", data=text())
+    run(model, PRUNE, calibrate(steps=8), output=tmp_path / "out", data=text())
     logger.remove(sink)
     assert sum("relative error of its output" in line for line in lines) == model.config.num_hidden_layers
     assert any("KL on held-out tokens" in line and "nothing is changed" not in line for line in lines)
@@ -96,26 +96,26 @@ def test_a_model_on_disk_is_tuned_block_by_block(tmp_path):
 def test_what_finds_no_gain_changes_nothing(tiny, monkeypatch):
     monkeypatch.setattr(module, "_PACES", dict.fromkeys(module._PACES, 1e4))
     expected = run(tiny("qwen3_moe"), PRUNE).state_dict()
-    found = run(tiny("qwen3_moe"), PRUNE, settle(steps=4)).state_dict()
+    found = run(tiny("qwen3_moe"), PRUNE, calibrate(steps=4)).state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_an_unchanged_model_stays_so(tiny):
     expected = load(tiny("qwen3_moe")).state_dict()
-    found = run(tiny("qwen3_moe"), settle()).state_dict()
+    found = run(tiny("qwen3_moe"), calibrate()).state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_bad_input(tiny, tmp_path):
     with pytest.raises(ValueError, match="'router', 'norms', 'gains' or 'scales'"):
-        run(tiny("qwen3_moe"), PRUNE, settle(targets=["routers"]))
+        run(tiny("qwen3_moe"), PRUNE, calibrate(targets=["routers"]))
     with pytest.raises(ValueError, match="at least 1 item"):
-        run(tiny("qwen3_moe"), PRUNE, settle(targets=[]))
+        run(tiny("qwen3_moe"), PRUNE, calibrate(targets=[]))
     with pytest.raises(MoeCollabError, match="two batches"):
-        run(tiny("qwen3_moe"), PRUNE, settle(), data=samples(4))
+        run(tiny("qwen3_moe"), PRUNE, calibrate(), data=samples(4))
     with load_context():
         model = AutoModelForCausalLM.from_pretrained(
             tiny("qwen3_moe"), device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(tmp_path)
         )
     with pytest.raises(MoeCollabError, match="offloaded to disk"):
-        run(model, PRUNE, settle(objective="predictions"))
+        run(model, PRUNE, calibrate(objective="predictions"))

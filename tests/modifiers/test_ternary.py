@@ -8,13 +8,13 @@ from compressed_tensors.utils import update_offload_parameter
 
 import moe_collab
 from moe_collab import MoeCollabError
-from moe_collab.architectures import describe
 from moe_collab.checkpoint.groups import NOTE_KEY, PLUGIN_NOTE
 from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.checkpoint.sizes import checkpoint_bytes, quantized_entries
 from moe_collab.formats import TERNARY, Scheme, dequantize
-from moe_collab.modifiers.naming import checkpoint_entries
-from moe_collab.modifiers.schemes import attach_scheme, round_in_place
+from moe_collab.modifiers.glue.naming import checkpoint_entries
+from moe_collab.modifiers.glue.schemes import attach_scheme, round_in_place
+from moe_collab.moe_model import describe
 
 from .conftest import load, run, samples
 

@@ -7,8 +7,8 @@ import torch
 
 from moe_collab.formats import TERNARY, Scheme
 from moe_collab.rounding import Rounder
-from moe_collab.rounding.feedback import damped, descend, feed_back, loss, refit
-from moe_collab.rounding.scales import search
+from moe_collab.rounding.feedback import coordinate_descent, damped, feed_back, loss, refit
+from moe_collab.rounding.scales import best_grid
 
 SCHEMES = [
     Scheme(TERNARY, 64),
@@ -44,13 +44,13 @@ def test_codes_and_zeros_are_integers_of_the_scheme(scheme):
 def test_each_stage_lowers_the_loss(scheme):
     weights, moments = problem()
     moments = damped(moments, 0.003)
-    grid = search(weights, moments.diagonal(dim1=-2, dim2=-1), scheme)
+    grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), scheme)
     losses = [loss(weights, moments, grid).sum()]
     feed_back(weights, moments, grid)
     losses.append(loss(weights, moments, grid).sum())
     for _ in range(2):
         refit(weights, moments, grid)
-        descend(weights, moments, grid, passes=1)
+        coordinate_descent(weights, moments, grid, passes=1)
         losses.append(loss(weights, moments, grid).sum())
     assert all(later < earlier for earlier, later in pairwise(losses))
 

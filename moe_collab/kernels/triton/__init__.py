@@ -32,7 +32,7 @@ def check() -> str:
 
 
 def _constants(specs: Sequence[TensorSpec]) -> dict[str, int]:
-    """`kinds`, `zeros` and `unit` of `kernels._product` for these weights."""
+    """`kinds`, `zeros` and `unit` of `product.product` for these weights."""
     packed = [spec for spec in specs if spec.is_packed]
     groups = {spec.group_size for spec in packed if spec.group_size != spec.columns}
     return {

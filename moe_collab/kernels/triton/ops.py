@@ -45,7 +45,7 @@ def fused_experts(
 ) -> torch.Tensor:
     """As `reference.fused_experts`, of arenas in `FieldLayout`.
 
-    What a launch must know and the device's table knows: `kinds`, `zeros`, `unit` as in `kernels._product`; `width`,
+    What a launch must know and the device's table knows: `kinds`, `zeros`, `unit` as in `product.product`; `width`,
     rows of gate.
     """
     check_experts(x, topk_weights, topk_ids, codes, table, activation)

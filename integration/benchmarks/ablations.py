@@ -1,0 +1,91 @@
+"""What each ingredient of the allocation gains, and how well the predicted costs rank the measured ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from scipy.stats import spearmanr
+
+from moe_collab.allocation import Decision
+from moe_collab.calibration import float32_weights, log_probabilities, mean_kl, replaced_weights, round_model
+from moe_collab.calibration import study as study_module
+from moe_collab.calibration.moments import second_moments
+from moe_collab.formats import TERNARY, Scheme
+from moe_collab.rounding import Rounder
+
+from ..compress import tokens
+from .bench import Bench
+from .trained import BITS, UNIFORM
+
+__all__ = ["ablation", "rank_correlation"]
+
+COSTS_SAMPLED = 40
+
+
+def ablation(bench: Bench, size: str) -> None:
+    """Ours without tuning and pruning, less one ingredient each."""
+    budget = bench.model.budget(size)
+    decide = partial(bench.decide, budget)
+    bench.decided("ablation", size, "all, untuned, no pruning", decide)
+    for method, fields in {
+        "without ternary": {"bits": BITS[1:]},
+        "without 5, 6 and 8 bits": {"bits": BITS[:4]},
+        "groups of 128 only": {"group_size": 128},
+        "symmetric only": {"symmetric": True},
+    }.items():
+        bench.decided("ablation", size, method, partial(decide, **fields))
+    rounding = {
+        "rounding without Fisher weights": mock.patch.object(study_module, "second_moments", _unweighted),
+        "rounding without feedback within experts": mock.patch.object(study_module, "FEW_TOKENS", 1 << 60),
+        "rounding without coordinate descent": mock.patch.object(
+            Rounder, "_descend", lambda self, rows, moments, grid: None
+        ),
+    }
+    for method, patch in rounding.items():
+        with patch:
+            bench.decided("ablation", size, method, decide)
+    planner = bench.model.planner(budget=budget)
+    bench.decided("ablation", size, "costs without Fisher", partial(planner.cheapest, bench.error_table))
+    scheme = Scheme(*UNIFORM[size], False)
+    uniform = Decision(dict.fromkeys(planner.experts, scheme))
+    bench.decided("ablation", size, "no allocation: uniform, our rounding", lambda: uniform)
+
+
+def rank_correlation(bench: Bench) -> dict[str, Any]:
+    """Predicted against measured KL of rounding one expert's half, on selection tokens."""
+    model, generator = bench.model, torch.Generator().manual_seed(0)
+    heldout = [{"input_ids": ids} for ids in tokens("selection", model.source)[:64].split(16)]
+    predicted, measured, errors = [], [], []
+    rounder = Rounder(scale_dtype=model.live.dtype)
+    schemes = [Scheme(TERNARY, 128), Scheme(2, 128), Scheme(3, 128)]
+    with float32_weights(model.live), torch.no_grad():
+        base = [log_probabilities(model.live, batch) for batch in heldout]
+    for _ in range(COSTS_SAMPLED):
+        layer = model.moe.layers[int(torch.randint(len(model.moe.layers), (), generator=generator))]
+        index = int(torch.randint(layer.num_experts, (), generator=generator))
+        scheme = schemes[int(torch.randint(len(schemes), (), generator=generator))]
+        half = ("gate_proj", "up_proj") if bool(torch.randint(2, (), generator=generator)) else ("down_proj",)
+        chosen = {f"{layer.experts_name}.{index}.{projection}": scheme for projection in half}
+        moe = replace(model.moe, layers=(layer,))
+        with float32_weights(model.live):
+            grids = round_model(model.live, moe, chosen, model.batches[:8], rounder)
+            weights = {model.live.get_submodule(n).weight: grid.values()[0] for n, grid in grids.items()}
+            with replaced_weights(weights):
+                measured.append(mean_kl(model.live, heldout, base))
+        predicted.append(sum(model.table.cost(name, scheme) for name in chosen))
+        errors.append(sum(bench.error_table.cost(name, scheme) for name in chosen))
+    return {
+        "sampled": COSTS_SAMPLED,
+        "spearman": round(float(spearmanr(predicted, measured).statistic), 4),
+        "spearman_without_fisher": round(float(spearmanr(errors, measured).statistic), 4),
+        "predicted_over_measured": round(sum(predicted) / sum(measured), 4),
+        "kl": None,
+    }
+
+
+def _unweighted(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    return second_moments(inputs, torch.ones_like(gradients))

@@ -1,0 +1,55 @@
+"""`CostTable`: what every way to store every matrix costs, which allocation adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..checkpoint.atomic import replace_text
+from ..errors import MoeCollabError
+from ..formats import Scheme
+
+__all__ = ["CostTable"]
+
+
+class CostTable(BaseModel):
+    """Costs by matrix and scheme, in nats of KL per token, and tokens routed to each layer's experts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fingerprint: str = ""
+    """Of the model and of all that decides how costs are measured, the data apart."""
+    costs: dict[str, dict[str, float]] = Field(default_factory=dict)
+    routed_tokens: dict[str, list[int]] = Field(default_factory=dict)
+    tokens: int = 0
+    """Calibration tokens."""
+
+    def cost(self, name: str, scheme: Scheme) -> float:
+        """Of storing matrix `name` at `scheme`; 0 for what no cost was measured of."""
+        return self.costs.get(name, {}).get(str(scheme), 0.0)
+
+    def add(self, name: str, schemes: Sequence[Scheme], costs: Sequence[float]) -> None:
+        """Set costs of one matrix, beside those it has."""
+        self.costs.setdefault(name, {}).update(
+            (str(scheme), float(cost)) for scheme, cost in zip(schemes, costs, strict=True)
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        replace_text(path, self.model_dump_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: str) -> CostTable:
+        """Read a table. Raises `MoeCollabError` when it is not valid or was measured for something else."""
+        try:
+            table = cls.model_validate_json(Path(path).read_text())
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise MoeCollabError(f"{path}: not a valid table of costs; delete it to measure anew.\n{error}") from error
+        if table.fingerprint != fingerprint:
+            raise MoeCollabError(
+                f"{path}: these costs were measured for another model or other options ({table.fingerprint}, this one "
+                f"is {fingerprint}). Delete the file to measure anew, or name another one."
+            )
+        return table

@@ -1,0 +1,237 @@
+"""Small tensors learn to fit a compressed model, end to end or block by block, judged by held-out tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from compressed_tensors.offload import disable_offloading
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..moe_model import MoEModel
+from .adam import adam_steps
+from .live import decoder_of, float32_weights, replaced_forward
+from .samples import frozen
+from .small_tensors import SmallTensor, in_place
+from .teacher import Batch, Lessons, divergence, kl_of
+
+__all__ = ["BlockOutputs", "Learned", "learn_blocks", "learn_predictions"]
+
+T = TypeVar("T")
+
+_RATES = (0.3, 1.0, 3.0)
+_TRIAL_SHARE = 4
+"""A rate is tried for a quarter of the steps."""
+_JUDGEMENTS = 10
+_PATIENCE = 3
+"""Judgements without a gain before learning stops."""
+
+
+class Learned(NamedTuple):
+    """Loss on held-out tokens before and after, the learning rate that was best, and its steps, 0 for no gain."""
+
+    before: float
+    after: float
+    rate: float
+    steps: int
+
+
+@torch.no_grad()
+def learn_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Lessons, steps: int) -> Learned:
+    """Minimize KL(lessons || model), nats per token, by `tensors`; held-out lessons choose the best.
+
+    The model has to fit in memory, its activations of 16 sequences included.
+    """
+    with float32_weights(model), frozen(model), in_place(tensors):
+        judge = partial(kl_of, model, lessons.head, lessons.unseen)
+        return _learn(tensors, lessons.known, partial(divergence, model, lessons.head), judge, steps)
+
+
+def _learn(
+    tensors: Sequence[SmallTensor],
+    data: Sequence[T],
+    loss: Callable[[T], tuple[torch.Tensor, int]],
+    judge: Callable[[], float],
+    steps: int,
+) -> Learned:
+    """Try each learning rate, go on with the best, stop early; `tensors` end at their best, the start included."""
+    parameters = [tensor.learned for tensor in tensors]
+    start = [parameter.detach().clone() for parameter in parameters]
+    best, before = start, judge()
+    after, found = before, (0.0, 0)
+
+    def run(rate: float, steps: int) -> float:
+        nonlocal best, after, found
+        _restore(parameters, start)
+        groups = [([tensor.learned], rate * tensor.pace) for tensor in tensors]
+        lowest, stale = math.inf, 0
+        for step, _ in enumerate(adam_steps(groups, data, loss, steps), start=1):
+            if step % max(1, steps // _JUDGEMENTS) and step != steps:
+                continue
+            score = judge()
+            stale = 0 if score < lowest else stale + 1
+            lowest = min(lowest, score)
+            if score < after:
+                after, best, found = score, [parameter.detach().clone() for parameter in parameters], (rate, step)
+            if stale == _PATIENCE or not math.isfinite(score):
+                break
+        return lowest
+
+    trials = {rate: run(rate, max(1, steps // _TRIAL_SHARE)) for rate in _RATES}
+    run(min(trials, key=trials.__getitem__), steps)
+    _restore(parameters, best)
+    return Learned(before, after, *found)
+
+
+def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
+
+
+def _blocks(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
+    """The decoder's blocks by name, in order: the list of modules that the MoE layers are in."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and moe.layers[0].name.startswith(f"{name}."):
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise AssertionError(f"{moe.layers[0].name} is in no list of blocks")
+
+
+class BlockOutputs:
+    """What the original model's blocks put out for batches to learn from and to judge by, kept in `folder`."""
+
+    def __init__(
+        self, model: Any, moe: MoEModel, known: Sequence[Batch], unseen: Sequence[Batch], folder: Path
+    ) -> None:
+        self.batches, self.num_known, self._folder = [*known, *unseen], len(known), folder
+        calls = _calls(model, moe, self.batches)
+        hidden = calls.hidden
+        for name, block in _blocks(model, moe).items():
+            with _at_hand(block):
+                hidden = _outputs(calls.of(name, block), hidden)
+            for position, output in enumerate(hidden):
+                save_file({"output": output.contiguous().cpu()}, self._file(name, position))
+
+    def _file(self, block: str, position: int) -> Path:
+        return self._folder / f"{block}.{position}.safetensors"
+
+    def of(self, block: str) -> list[torch.Tensor]:
+        """The outputs of one block, [rows, length, H] for each batch."""
+        return [load_file(self._file(block, position))["output"] for position in range(len(self.batches))]
+
+
+class _Example(NamedTuple):
+    """A batch at a block: its input, how it is called, what the original put out, and whose tokens count."""
+
+    hidden: torch.Tensor
+    call: Callable[[torch.Tensor], torch.Tensor]
+    target: torch.Tensor
+    valid: torch.Tensor
+
+
+@torch.no_grad()
+def learn_blocks(
+    model: Any, moe: MoEModel, tensors: Mapping[str, SmallTensor], originals: BlockOutputs, steps: int
+) -> dict[str, Learned]:
+    """Block by block, bring outputs closer to those of the original's: mean of ||error||^2 / ||output||^2 per token.
+
+    `tensors` by module name; those in no block stay. A block sees what the blocks before it put out once they have
+    learned, so it makes up for their errors too. One block at a time is in memory in float32, or at all if the model is offloaded.
+    """
+    calls = _calls(model, moe, originals.batches)
+    hidden, valid = calls.hidden, [_valid(batch) for batch in originals.batches]
+    found = {}
+    for name, block in _blocks(model, moe).items():
+        learning = [tensor for module, tensor in tensors.items() if module.startswith(f"{name}.")]
+        with _at_hand(block), in_place(learning):
+            ways = calls.of(name, block)
+            if learning:
+                examples = list(map(_Example, hidden, ways, originals.of(name), valid))
+                known, unseen = examples[: originals.num_known], examples[originals.num_known :]
+                found[name] = _learn(learning, known, _error, partial(_mean_error, unseen), steps)
+            hidden = _outputs(ways, hidden)
+    return found
+
+
+class _Calls(NamedTuple):
+    """The input of the first block for each batch, and what else each block, by name, is called with."""
+
+    hidden: list[torch.Tensor]
+    others: dict[str, list[tuple[tuple, dict[str, Any]]]]
+
+    def of(self, name: str, block: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """`block` as the model calls it for each batch, in the type that its weights have now."""
+        dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
+        return [partial(_call, block, dtype, *_typed(others, dtype)) for others in self.others[name]]
+
+
+@torch.no_grad()
+def _calls(model: Any, moe: MoEModel, batches: Sequence[Batch]) -> _Calls:
+    """Found without computing any block, so that those on disk stay there."""
+    blocks = _blocks(model, moe)
+    calls = _Calls([], {name: [] for name in blocks})
+
+    def see(name: str, *args: Any, **named: Any) -> torch.Tensor:
+        hidden = named.pop("hidden_states") if "hidden_states" in named else args[0]
+        if len(calls.hidden) == len(calls.others[name]):
+            calls.hidden.append(hidden)
+        calls.others[name].append((args[1:], named))
+        return hidden
+
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(replaced_forward(block, partial(see, name)))
+        for batch in batches:
+            decoder_of(model)(**batch, use_cache=False)
+    return calls
+
+
+def _typed(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with all floating-point tensors in it of type `dtype`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_typed(item, dtype) for item in value)
+    return {name: _typed(item, dtype) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _call(
+    block: nn.Module, dtype: torch.dtype, rest: tuple, named: dict[str, Any], hidden: torch.Tensor
+) -> torch.Tensor:
+    output = block(hidden.to(dtype), *rest, **named)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _at_hand(block: nn.Module) -> Iterator[None]:
+    """Within: the block is in memory, in float32 if it fits, and its own parameters need no gradient."""
+    with disable_offloading(), float32_weights(block), frozen(block):
+        yield
+
+
+@torch.no_grad()
+def _outputs(ways: Sequence[Callable], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [way(x) for way, x in zip(ways, hidden, strict=True)]
+
+
+def _error(example: _Example) -> tuple[torch.Tensor, int]:
+    """(Sum over rows of the mean over tokens of ||error||^2 / ||target||^2, rows)."""
+    target = example.target.float()
+    errors = (example.call(example.hidden).float() - target).square().sum(-1)
+    relative = errors / target.square().sum(-1).clamp(min=1e-12)
+    return relative[example.valid].mean() * len(target), len(target)
+
+
+def _mean_error(examples: Sequence[_Example]) -> float:
+    errors, rows = zip(*map(_error, examples), strict=True)
+    return float(sum(errors)) / sum(rows)
+
+
+def _valid(batch: Batch) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()

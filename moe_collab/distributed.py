@@ -1,0 +1,74 @@
+"""Calibration spread over the processes of `torchrun`: what they saw together, decided once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
+from compressed_tensors.utils import update_offload_parameter
+from torch import distributed, nn
+
+from .statistics import ExpertStatistics
+
+__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "store", "sum_up"]
+
+T = TypeVar("T")
+
+
+def everyones(items: list[T]) -> list[T]:
+    """The lists of all processes joined, by rank: the order of the data, of which each process has a run."""
+    if not is_distributed():
+        return items
+    found: list[Any] = [None] * distributed.get_world_size()
+    with _on_cpu() as group:
+        distributed.all_gather_object(found, items, group)
+    return [item for own in found for item in own]
+
+
+def agreed(value: T) -> T:
+    """The source process's value, in every process: what is decided from sums may differ in the last bit."""
+    if not is_distributed():
+        return value
+    values = [value]
+    with _on_cpu() as group:
+        distributed.broadcast_object_list(values, get_source_rank(), group)
+    return values[0]
+
+
+def sum_up(statistics: Iterable[ExpertStatistics]) -> None:
+    """Let every process's statistics, in the same order, be those of all."""
+    if not is_distributed():
+        return
+    with _on_cpu() as group:
+        for found in statistics:
+            for name, total in found.tensors().items():
+                highest = name == "largest"
+                operation = distributed.ReduceOp.MAX if highest else distributed.ReduceOp.SUM
+                distributed.all_reduce(total, operation, group)
+
+
+def store(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter another value, under offload too.
+
+    Processes share what is offloaded: none may write while another still reads, so all come here in the same order.
+    """
+    _wait()
+    update_offload_parameter(module, name, value)
+    _wait()
+
+
+def _wait() -> None:
+    if is_distributed():
+        distributed.barrier()
+
+
+@contextmanager
+def _on_cpu() -> Iterator[Any]:
+    group = distributed.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        distributed.destroy_process_group(group)

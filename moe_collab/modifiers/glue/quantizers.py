@@ -1,0 +1,58 @@
+"""Checks of the quantizers that round what `MixedBitAllocModifier` has allocated, before anything is calibrated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressed_tensors.utils import match_named_modules
+
+from ...allocation import Planner
+from ...errors import MoeCollabError
+
+__all__ = ["check_followers", "check_rounded"]
+
+
+def check_followers(followers: list[Any], ternary: bool, faithful: bool) -> None:
+    """Raise `MoeCollabError` if no quantizer follows, or one that would undo or could not serve what is allocated.
+
+    `ternary` says whether that is offered, `faithful` whether `FisherGPTQModifier` is among the followers.
+    """
+    if ternary and not faithful:
+        raise MoeCollabError(
+            "MixedBitAllocModifier.bits: only FisherGPTQModifier rounds to ternary. Put it after "
+            "MixedBitAllocModifier, or take `ternary` out."
+        )
+    if not followers:
+        raise MoeCollabError(
+            "MixedBitAllocModifier: no quantizer comes after it in the recipe, so nothing would be rounded. "
+            "Add `GPTQModifier: {ignore: [lm_head]}` after it."
+        )
+    for quantizer in followers:
+        who = type(quantizer).__name__
+        if quantizer.scheme is not None or quantizer.config_groups is not None:
+            raise MoeCollabError(
+                f"{who}: its `scheme` or `config_groups` would override the allocated bits. Remove them; name "
+                "the bits of other tensors in MixedBitAllocModifier.fixed."
+            )
+        if str(getattr(quantizer, "actorder", None)) in ("group", "ActivationOrdering.GROUP"):
+            raise MoeCollabError(
+                f"{who}.actorder: `group` stores weight_g_idx, which no mixed-bit kernel serves. Use `static`."
+            )
+
+
+def check_rounded(model: Any, planner: Planner, followers: list[Any]) -> None:
+    """Raise `MoeCollabError` if a matrix may get fewer bits that no quantizer of `followers` would round.
+
+    Stock quantizers round only what their `targets` and `ignore` leave them; `FisherGPTQModifier` rounds whatever has
+    a scheme.
+    """
+    rounded = {
+        name for quantizer in followers for name, _ in match_named_modules(model, quantizer.targets, quantizer.ignore)
+    }
+    packed = (name for name in planner.matrices if any(s.is_packed for s in planner.table.options(name)))
+    if left := [name for name in packed if name not in rounded]:
+        who = " and ".join(dict.fromkeys(type(quantizer).__name__ for quantizer in followers))
+        raise MoeCollabError(
+            f"MixedBitAllocModifier: {left[0]} ({len(left)} such modules) may get fewer bits, but {who} would not "
+            f"round it. Take it out of `ignore` there, or name it in MixedBitAllocModifier.ignore."
+        )
