@@ -5,7 +5,7 @@ SERVE := .venv/serve/bin
 SHELL := /bin/bash
 KERNELS := moe_collab/kernels/cpu/_C.so
 
-.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-gpu bench-allocation bench-pruning bench-families fixture environments clean
+.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-gpu bench-allocation bench-pruning bench-recipes bench-families fixture environments clean
 
 demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
@@ -77,6 +77,10 @@ bench-allocation: .venv/compress/.ready
 # Resumes too; `rm -r build/bench/pruning` starts anew.
 bench-pruning: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.benchmarks.pruning
+
+# What the shipped recipes make of both fixtures, with digests to compare two versions by: one hour on one core.
+bench-recipes: .venv/compress/.ready
+	$(COMPRESS)/python -m integration.benchmarks.recipes
 
 # What works for each family, on tiny random models: half an hour. Writes the table in README.md too.
 bench-families: environments $(KERNELS)

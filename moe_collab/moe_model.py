@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .architectures import PROJECTIONS, TOP_K_ATTRIBUTES, Family, family_of, text_config
 from .errors import MoeCollabError
@@ -24,15 +24,15 @@ class MoELayer:
 
     name: str
     block: nn.Module
-    router: nn.Module
-    experts: nn.Module
+    router: Any
+    experts: Any
     experts_name: str
     router_output: tuple[str, ...] = ("logits", "weights", "indices")
 
     @property
     def num_experts(self) -> int:
         """Experts the router chooses from (rows of its weight)."""
-        return int(self.router.weight.shape[0])  # type: ignore[index]
+        return int(self.router.weight.shape[0])
 
     @property
     def top_k(self) -> int:
@@ -52,9 +52,9 @@ class MoELayer:
         weights, indices = (output[self.router_output.index(what)] for what in ("weights", "indices"))
         return weights, indices
 
-    def expert(self, index: int) -> nn.Module:
+    def expert(self, index: int) -> Any:
         """Expert `index`, a module with `gate_proj`, `up_proj` and `down_proj` unless it is masked."""
-        return self.experts[index]  # type: ignore[index]
+        return self.experts[index]
 
     @property
     def live_experts(self) -> list[int]:
@@ -62,7 +62,7 @@ class MoELayer:
         return [index for index in range(self.num_experts) if hasattr(self.expert(index), PROJECTIONS[0])]
 
     @property
-    def bias_holder(self) -> nn.Module | None:
+    def bias_holder(self) -> Any:
         """The module with the selection bias `e_score_correction_bias` [experts], if the router has one."""
         holders = (self.router, self.block)
         return next((m for m in holders if getattr(m, "e_score_correction_bias", None) is not None), None)

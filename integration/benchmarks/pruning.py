@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from moe_collab.calibration import float32_weights
 from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.evaluation import evaluate
-from moe_collab.modifiers.compat import keep_attention_causal
+from moe_collab.modifiers.glue.compat import keep_attention_causal
 from moe_collab.pruning import CRITERIA
 
 from ..compress import calibration, log_warnings_only, recipe, run_oneshot, uniform_recipe

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,8 @@ DropCosts = Mapping[str, Sequence[float]]
 """MoE layer name -> cost of losing each of its experts."""
 
 
-class ExpertPlace(NamedTuple):
+@dataclass(frozen=True)
+class ExpertPlace:
     """Where an expert is."""
 
     layer: int
@@ -53,9 +53,9 @@ class Choices:
 def group_items(outline: ModelOutline, matrices: Mapping[str, Matrix], request: AllocationRequest) -> Iterator[Item]:
     """Items by the request's granularity; what `fixed` names is a part of its own, what is no expert an item."""
     by_layer: dict[int, dict[str, dict[str, list[str]]]] = {}
-    experts = (matrix for matrix in matrices.values() if matrix.layer is not None)
-    for matrix in sorted(experts, key=lambda m: (m.layer, m.expert, PROJECTIONS.index(m.projection))):
-        name, layer = matrix.name, matrix.layer
+    experts = [(matrix.layer, matrix) for matrix in matrices.values() if matrix.layer is not None]
+    for layer, matrix in sorted(experts, key=lambda e: (e[0], e[1].expert, PROJECTIONS.index(e[1].projection))):
+        name = matrix.name
         half = "down" if matrix.projection == "down_proj" else "gate_up"
         part = half if request.granularity == "projection" else ""
         if request.fixed_bits(matrix) is not None:

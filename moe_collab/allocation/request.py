@@ -15,9 +15,10 @@ from ..formats import DENSE, TERNARY, Scheme
 from ..outline import Matrix, ModelOutline
 from .patterns import check_ignored, check_regexes, is_named
 
-__all__ = ["FLOORS", "SUPPORTED_BITS", "AllocationRequest"]
+__all__ = ["FLOORS", "IGNORED", "SUPPORTED_BITS", "AllocationRequest"]
 
 SUPPORTED_BITS = (TERNARY, 2, 3, 4, 5, 6, 8, 16)
+IGNORED = ("lm_head",)
 FLOORS = (("lm_head$", 4), (".", 3))
 _ASYMMETRIC_BITS = 4
 """Widths up to which zero points are worth their bytes."""
@@ -50,10 +51,10 @@ class AllocationRequest:
     """(regex of module names, fewest bits) for Linears other than routed experts; the first that is found counts."""
     granularity: Literal["projection", "layer"] = "projection"
     """What shares a scheme: gate and up of an expert, its down apart; or all experts of a layer."""
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = IGNORED
     """Modules that keep their precision: names, or regexes that begin with `re:`."""
-    named: frozenset[str] = frozenset({"fixed", "floors", "ignore"})
-    """Which of these three somebody wrote down: in those, a pattern that matches nothing is a mistake."""
+    strict: bool = True
+    """Whether a pattern that matches nothing is an error; in the defaults it never is."""
     origin: str = "MixedBitAllocModifier"
     """What errors call the place that the request comes from."""
 
@@ -109,16 +110,16 @@ class AllocationRequest:
         Raises `MoeCollabError` for a pattern that matches nothing.
         """
         left = {name: m for name, m in outline.matrices.items() if not any(is_named(e, m.names) for e in self.ignore)}
-        self._check_patterns(outline, left)
+        if self.strict:
+            self._check_patterns(outline, left)
         return {name: matrix for name, matrix in left.items() if self._takes_part(outline, matrix)}
 
     def _check_patterns(self, outline: ModelOutline, left: Mapping[str, Matrix]) -> None:
-        if "ignore" in self.named:
+        if self.ignore != IGNORED:
             check_ignored(self.key("ignore"), self.ignore, outline)
         everything = list(outline.matrices.values())
-        if "fixed" in self.named:
-            check_regexes(self.key("fixed"), [pattern for pattern, _ in self.fixed], everything, left)
-        if "floors" in self.named and self.floors:
+        check_regexes(self.key("fixed"), [pattern for pattern, _ in self.fixed], everything, left)
+        if self.floors and self.floors != FLOORS:
             if self.scope != "model":
                 raise MoeCollabError(f"{self.key('floors')}: only Linears of scope: model have floors. Leave it out.")
             others = [matrix for matrix in everything if not matrix.is_expert]

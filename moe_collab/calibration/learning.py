@@ -141,7 +141,8 @@ def learn_blocks(
     """Block by block, bring outputs closer to those of the original's: mean of ||error||^2 / ||output||^2 per token.
 
     `tensors` by module name; those in no block stay. A block sees what the blocks before it put out once they have
-    learned, so it makes up for their errors too. One block at a time is in memory in float32, or at all if the model is offloaded.
+    learned, so it makes up for their errors too. One block at a time is in memory in float32, or at all if the model is
+    offloaded.
     """
     calls = _calls(model, moe, originals.batches)
     hidden, valid = calls.hidden, [_valid(batch) for batch in originals.batches]

@@ -57,9 +57,9 @@ class Whole:
 class Factors:
     """A Linear that learns factors [rows, groups] of its weights: a gain per output channel, or one for every scale."""
 
-    def __init__(self, module: nn.Linear, groups: int, pace: float) -> None:
+    def __init__(self, module: nn.Module, groups: int, pace: float) -> None:
         self.module, self.pace, self._dtype = module, pace, _original(module).dtype
-        self.learned = nn.Parameter(torch.ones(module.out_features, groups))
+        self.learned = nn.Parameter(torch.ones(len(_original(module)), groups))
 
     def weight(self) -> torch.Tensor:
         """As `SmallTensor.weight`."""

@@ -161,7 +161,7 @@ class ActivationSmoothModifier(Modifier):
                 self.register_hook(layer.experts, partial(self._compare, moe, layer), "forward", with_kwargs=True)
         for layer in self._smoothed(state.model):
             if self.norm_strength is not None:
-                self.register_hook(layer.experts, self._see_inputs, "forward_pre", with_kwargs=True)
+                self.register_hook(layer.experts, partial(self._see_inputs), "forward_pre", with_kwargs=True)
             if self.strength is not None:
                 tap = RoutingTap(self, layer)
                 for index in layer.live_experts:
@@ -247,9 +247,10 @@ class ActivationSmoothModifier(Modifier):
         for layer in self._smoothed(model):
             if self.norm_strength is not None and layer.experts in largest:
                 found += rescale_norm(model, moe, layer, largest[layer.experts], self.norm_strength)
-            for expert in map(layer.expert, layer.live_experts if self.strength is not None else ()):
-                if expert.down_proj in largest:
-                    found += rescale_up_down(expert, largest[expert.down_proj], self.strength)
+            if self.strength is not None:
+                for expert in map(layer.expert, layer.live_experts):
+                    if expert.down_proj in largest:
+                        found += rescale_up_down(expert, largest[expert.down_proj], self.strength)
         return found
 
 

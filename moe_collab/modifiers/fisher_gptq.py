@@ -71,7 +71,8 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round every module that has a scheme, layer by layer."""
-        model, moe = state.model, describe(state.model)
+        model: Any = state.model
+        moe = describe(model)
         # An earlier modifier's pass may have left it on, with scales that nobody has set yet.
         model.apply(disable_quantization)
         _check_schemes(model)
@@ -95,7 +96,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         self._lessons = None
         logger.info("FisherGPTQModifier: rounded {} tensors", len(found))
 
-    def _tuned(self, model: nn.Module, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
+    def _tuned(self, model: Any, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
         tuned = tune_grids(model, grids, lessons, self.tuning_steps, model.dtype)
         logger.info(
             "FisherGPTQModifier: {} steps of tuning brought KL on held-out tokens from {:.4f} to {:.4f}{}",
@@ -136,7 +137,7 @@ def _scheme_of(module: nn.Module) -> Scheme:
 
 
 @torch.no_grad()
-def _write(module: nn.Module, grid: Grid) -> None:
+def _write(module: Any, grid: Grid) -> None:
     """Put the rounded weight, its scales and zero points into a module whose scheme is attached."""
     store(module, "weight", grid.values()[0].to(module.weight.dtype))
     store(module, "weight_scale", grid.scales[0].to(module.weight_scale.dtype))

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
@@ -17,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 from ..allocation import AllocationRequest, CostTable, Decided, Planner, compression_plan, decide, parse_bytes
 from ..allocation.memory import weights_budget
 from ..allocation.notices import report_decision
-from ..allocation.request import FLOORS, SUPPORTED_BITS
+from ..allocation.request import FLOORS, IGNORED, SUPPORTED_BITS
 from ..calibration.measurements import LiveMeasurements
 from ..calibration.teacher import teach
 from ..coverage import warn_of_seldom_reached
@@ -34,7 +33,7 @@ from .glue.data import calibration_batches, check_data
 from .glue.disk_costs import DiskCosts
 from .glue.execution import apply_plan
 from .glue.outline import model_fingerprint, outline_of
-from .glue.quantizers import check_followers, check_rounded
+from .glue.quantizers import check_followers, check_own_pass, check_rounded
 from .glue.recipe import check_unquantized, is_on_disk, modifiers_of_this_pass, quantizers_after
 from .glue.saving import install_save
 from .glue.starved import repair_starved
@@ -95,7 +94,7 @@ class MixedBitAllocModifier(Modifier):
     granularity: Literal["projection", "layer"] = "projection"
     plan: str | None = None
     costs: str | None = None
-    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    ignore: list[str] = Field(default_factory=lambda: list(IGNORED))
 
     _moe: MoEModel | None = PrivateAttr(None)
     _planner: Planner | None = PrivateAttr(None)
@@ -154,7 +153,7 @@ class MixedBitAllocModifier(Modifier):
     def request(self, config: Any, strict: bool = True) -> AllocationRequest:
         """What these fields ask for, of a model with this transformers `config`.
 
-        `strict`: a pattern that somebody wrote and that matches nothing is an error.
+        `strict`: a pattern that matches nothing is an error.
         """
         budget = None if self.budget is None else parse_bytes(self.budget)
         if self.fit is not None:
@@ -172,7 +171,7 @@ class MixedBitAllocModifier(Modifier):
             floors=tuple(self.floors.items()),
             granularity=self.granularity,
             ignore=tuple(self.ignore),
-            named=frozenset(self.model_fields_set if strict else ()),
+            strict=strict,
         )
 
     def planner(self, model: Any, strict: bool = True) -> Planner:
@@ -228,12 +227,7 @@ class MixedBitAllocModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Reuse the plan if there is one; otherwise watch what reaches every expert of a model on disk."""
-        others = [type(m).__name__ for m in modifiers_of_this_pass() if m is not self]
-        if any(isinstance(m, QuantizationMixin) for m in modifiers_of_this_pass()):
-            raise MoeCollabError(
-                f"MixedBitAllocModifier shares its calibration pass with {others}, but it decides about all layers at "
-                "once, before any is rounded. Use oneshot(pipeline='independent'), the default."
-            )
+        check_own_pass()
         model: Any = state.model
         self._moe = describe(model)
         if self.plan and Path(self.plan).exists():
@@ -273,7 +267,7 @@ class MixedBitAllocModifier(Modifier):
         model: Any = state.model
         planner, fingerprint = self._planner, model_fingerprint(model)
         if self._disk_costs is not None:
-            table = self._disk_costs.table(state.data.calib)
+            table = self._disk_costs.table(state.data.calib or ())
             found = Decided(planner.cheapest(table), table)
         else:
             # As the next quantizer rounds, or to nearest: other quantizers round better, but alike for all.

@@ -73,7 +73,7 @@ class RouterCalibrationModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Learn what the original model says, before anything changes it."""
-        model = state.model
+        model: Any = state.model
         check_unquantized(model, "RouterCalibrationModifier", schemes=True)
         check_data(state, "RouterCalibrationModifier")
         moe = describe(model)
@@ -110,7 +110,7 @@ class RouterCalibrationModifier(Modifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Tune, judge, and store what is better."""
-        model = state.model
+        model: Any = state.model
         with eval_context(model), _quantization_off(model):
             repair_starved(model, snap=True)
             self._calibrate(model, describe(model))
@@ -118,7 +118,7 @@ class RouterCalibrationModifier(Modifier):
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _calibrate(self, model: nn.Module, moe: MoEModel) -> None:
+    def _calibrate(self, model: Any, moe: MoEModel) -> None:
         assert self._lessons is not None
         lessons = self._lessons
         with torch.no_grad(), float32_weights(model):
@@ -146,7 +146,7 @@ class RouterCalibrationModifier(Modifier):
                 for name, value in tensor.stored().items():
                     store(tensor.module, name, value)
 
-    def _tensors(self, model: nn.Module, moe: MoEModel) -> dict[str, SmallTensor]:
+    def _tensors(self, model: Any, moe: MoEModel) -> dict[str, SmallTensor]:
         """What learns, by module name."""
         found: dict[str, SmallTensor] = {}
         names = {module: name for name, module in model.named_modules()}
@@ -170,7 +170,7 @@ class RouterCalibrationModifier(Modifier):
 class Scales(Factors):
     """A quantized Linear that learns factors [rows, groups] of its scales, or [rows, 1] for all of a row."""
 
-    def __init__(self, module: nn.Linear, groups: int, pace: float) -> None:
+    def __init__(self, module: Any, groups: int, pace: float) -> None:
         super().__init__(module, groups, pace)
         self._scale_dtype = module.weight_scale.dtype
 
@@ -178,7 +178,8 @@ class Scales(Factors):
         """As `SmallTensor.stored`; codes and zero points stay."""
         codes, scale, zero_point = codes_of(self.module)
         scale = (scale.float() * self.learned.detach()).to(self._scale_dtype)
-        weight = dequantize(codes, scale, zero_point, self.module.quantization_scheme.weights)
+        module: Any = self.module
+        weight = dequantize(codes, scale, zero_point, module.quantization_scheme.weights)
         return {"weight": weight.to(self._dtype), "weight_scale": scale}
 
 
@@ -187,12 +188,12 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
-def _is_quantized(module: nn.Module) -> bool:
+def _is_quantized(module: Any) -> bool:
     scheme = getattr(module, "quantization_scheme", None)
     return isinstance(module, nn.Linear) and scheme is not None and scheme.weights is not None
 
 
-def _has_scales(module: nn.Module) -> bool:
+def _has_scales(module: Any) -> bool:
     """Whether its scales can learn: at 7 and 8 bits codes do not divide out exactly in bfloat16, nor would it pay."""
     if not _is_quantized(module):
         return False
@@ -200,7 +201,7 @@ def _has_scales(module: nn.Module) -> bool:
     return weights.type == "int" and weights.strategy in ("group", "channel") and weights.num_bits < 7
 
 
-def _quantized(model: nn.Module) -> dict[str, nn.Module]:
+def _quantized(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if _is_quantized(module)}
 
 

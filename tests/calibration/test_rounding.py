@@ -71,7 +71,7 @@ def test_costs_of_linears_predict_kl(model, batches):
 
 
 def test_tuning_brings_predictions_closer_and_stays_on_the_grid(model, batches):
-    short = [{"input_ids": batch["input_ids"][:, :32]} for batch in batches]
+    short = [{"input_ids": batch["input_ids"][:, :64]} for batch in batches]
     lessons = teach(model, short)
     with float32_weights(model):
         grids = round_model(model, describe(model), uniform(model, Scheme(2, 128)), short, NEAREST)

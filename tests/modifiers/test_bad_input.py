@@ -28,6 +28,7 @@ ALLOCATE = {"bpw": 4.0, "group_size": 32}
         ("MixedBitAllocModifier", {**ALLOCATE, "bits": []}, "must be a list from"),
         ("MixedBitAllocModifier", {**ALLOCATE, "fixed": {"(": 4}}, "is no regex"),
         ("MixedBitAllocModifier", {**ALLOCATE, "fixed": {"x": 7}}, "is not in"),
+        ("MixedBitAllocModifier", {**ALLOCATE, "fixed": {"(lm_head)?": 8}}, "found in the empty string"),
         ("MixedBitAllocModifier", {**ALLOCATE, "granularity": "row"}, "granularity"),
         ("MixedBitAllocModifier", {"bpw": 4, "group_size": 0}, "group_size"),
     ],
@@ -63,6 +64,14 @@ class Untouchable:
         (
             [{"MixedBitAllocModifier": ALLOCATE}, {"GPTQModifier": {"ignore": ["lm_head"], "actorder": "group"}}],
             "stores weight_g_idx",
+        ),
+        ([{"ExpertPruningModifier": {"retention": 0.5, "ignore": ["nope"]}}], "'nope' matches no MoE layer"),
+        ([{"ActivationSmoothModifier": {"strength": 0.5, "ignore": ["nope"]}}], "'nope' matches no MoE layer"),
+        ([{"MixedBitAllocModifier": {**ALLOCATE, "ignore": ["re:.*nope.*"]}}, QUANTIZE], "names no module"),
+        ([{"MixedBitAllocModifier": {**ALLOCATE, "fixed": {"w1$": 8}}}, QUANTIZE], "matches no Linear"),
+        (
+            [{"MixedBitAllocModifier": {"budget": "1MB", "scope": "model", "ignore": [], "group_size": 32}}, QUANTIZE],
+            "lm_head .* may get fewer bits, but GPTQModifier would not round it",
         ),
         ([{"MixedBitAllocModifier": {"budget": "300KB", "group_size": 32}}, QUANTIZE], r"too small.*at least \d"),
         ([{"MixedBitAllocModifier": {"bpw": 2.1, "group_size": 32}}, QUANTIZE], r"too small.*need at least 2\.5"),

@@ -78,6 +78,26 @@ def test_byte_budget_is_met_exactly_as_predicted(granularity, tiny, tmp_path):
     assert granularity == "projection" or layer[1] == layer[2]
 
 
+def test_on_mixtral_patterns_may_use_the_names_of_the_file(tiny, tmp_path):
+    plan = tmp_path / "plan.json"
+    fields = {**ALLOCATE, "fixed": {r"experts\.0\.w[13]$": 8}, "ignore": [r"re:.*experts\.7\.w2$"], "plan": str(plan)}
+    run(tiny("mixtral"), {"MixedBitAllocModifier": fields}, QUANTIZE, output=tmp_path / "out")
+    schemes = CompressionPlan.load(plan).parsed()
+    assert {schemes[f"model.layers.{i}.mlp.experts.0.up_proj"].num_bits for i in (0, 1)} == {8}
+    assert not [name for name in schemes if name.endswith("experts.7.down_proj")]
+
+
+def test_fixed_is_measured_and_counted_in_the_prediction(tiny, tmp_path):
+    plans = []
+    for name, fixed in (("free", {}), ("fixed", {"o_proj$": 2})):
+        fields = {"bpw": 5.0, "bits": [4], "group_size": [32, 128], "fixed": fixed, "plan": str(tmp_path / name)}
+        run(tiny("qwen3_moe"), {"MixedBitAllocModifier": fields}, QUANTIZE)
+        plans.append(CompressionPlan.load(tmp_path / name))
+    assert plans[1].predicted_kl > 1.05 * plans[0].predicted_kl
+    variants = {str(s) for name, s in plans[1].parsed().items() if name.endswith("o_proj")}
+    assert "int2-g128-sym" not in variants and all(text.startswith("int2") for text in variants)
+
+
 def test_a_plan_is_reused_and_refused_for_another_model(tiny, tmp_path):
     plan = tmp_path / "plan.json"
     modifiers = ({"MixedBitAllocModifier": {**ALLOCATE, "plan": str(plan)}}, QUANTIZE)

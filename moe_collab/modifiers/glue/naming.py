@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from compressed_tensors.offload import disable_onloading
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
@@ -27,7 +29,7 @@ _DTYPES = {
 }
 
 
-def use_checkpoint_names(model: torch.nn.Module) -> None:
+def use_checkpoint_names(model: Any) -> None:
     """Make the model save its linearized experts under the names its family's checkpoints use.
 
     llm-compressor 0.14 would save Mixtral's experts as gate_proj, up_proj and down_proj, which vLLM does
@@ -50,13 +52,13 @@ def _expert_renaming(saved: str, live: str) -> WeightRenaming:
     return WeightRenaming(source_patterns=rf"\.experts\.(\d+)\.{saved}\.", target_patterns=rf".experts.\1.{live}.")
 
 
-def checkpoint_names(model: torch.nn.Module, modules: list[str]) -> dict[str, str]:
+def checkpoint_names(model: Any, modules: list[str]) -> dict[str, str]:
     """Module name -> name in the saved checkpoint."""
     saved = checkpoint_tensors(model, [f"{name}.weight_packed" for name in modules])
     return {name: saved[f"{name}.weight_packed"].removesuffix(".weight_packed") for name in modules}
 
 
-def checkpoint_tensors(model: torch.nn.Module, tensors: list[str]) -> dict[str, str]:
+def checkpoint_tensors(model: Any, tensors: list[str]) -> dict[str, str]:
     """Tensor name -> name in the saved checkpoint."""
     # Each tensor's first dimension is its position, so that it is known again under its new name.
     positions = {name: torch.empty(i + 1, 0, device="meta") for i, name in enumerate(tensors)}
@@ -64,7 +66,7 @@ def checkpoint_tensors(model: torch.nn.Module, tensors: list[str]) -> dict[str, 
     return {tensors[t.shape[0] - 1]: name for name, t in saved.items()}
 
 
-def checkpoint_entries(model: torch.nn.Module) -> list[TensorEntry]:
+def checkpoint_entries(model: Any) -> list[TensorEntry]:
     """Every tensor that `save_pretrained` would write of the unquantized model, in its order; none is read."""
     with disable_onloading():
         state = remove_tied_weights_from_state_dict(model.state_dict(), model)

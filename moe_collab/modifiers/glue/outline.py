@@ -11,13 +11,14 @@ from torch import nn
 from ...moe_model import MoELayer, MoEModel, describe
 from ...outline import LayerOutline, Matrix, ModelOutline
 from ...plan import description_digest
-from .naming import checkpoint_entries, checkpoint_names, checkpoint_tensors, dtype_name
+from .naming import checkpoint_entries, checkpoint_names, checkpoint_tensors, dtype_name, use_checkpoint_names
 
 __all__ = ["model_fingerprint", "outline_of"]
 
 
 def outline_of(model: Any, moe: MoEModel) -> ModelOutline:
     """What `model`, whose experts are linearized, is made of, as it would be saved."""
+    use_checkpoint_names(model)
     with disable_onloading():
         owners = {name: module for name, module in model.named_modules() if _has_tensors(module)}
         saved = checkpoint_names(model, list(owners))
@@ -60,8 +61,8 @@ def _has_tensors(module: nn.Module) -> bool:
 
 def _matrix(name: str, saved_as: str, module: nn.Linear, place: tuple[int, int, str] | None) -> Matrix:
     rows, columns = module.weight.shape
-    own = {} if place is None else dict(zip(("layer", "expert", "projection"), place, strict=True))
-    return Matrix(name, saved_as, (rows, columns), dtype_name(module.weight.dtype), **own)
+    dtype = dtype_name(module.weight.dtype)
+    return Matrix(name, saved_as, (rows, columns), dtype, *(place or ()))
 
 
 def _layer(model: Any, moe: MoEModel, layer: MoELayer) -> LayerOutline:

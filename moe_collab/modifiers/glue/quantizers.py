@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from compressed_tensors.utils import match_named_modules
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 
 from ...allocation import Planner
 from ...errors import MoeCollabError
+from .recipe import modifiers_of_this_pass
 
-__all__ = ["check_followers", "check_rounded"]
+__all__ = ["check_followers", "check_own_pass", "check_rounded"]
 
 
 def check_followers(followers: list[Any], ternary: bool, faithful: bool) -> None:
@@ -38,6 +40,17 @@ def check_followers(followers: list[Any], ternary: bool, faithful: bool) -> None
             raise MoeCollabError(
                 f"{who}.actorder: `group` stores weight_g_idx, which no mixed-bit kernel serves. Use `static`."
             )
+
+
+def check_own_pass() -> None:
+    """Raise `MoeCollabError` if `MixedBitAllocModifier` shares its calibration pass with a quantizer."""
+    modifiers = modifiers_of_this_pass()
+    if any(isinstance(modifier, QuantizationMixin) for modifier in modifiers):
+        others = [name for name in (type(m).__name__ for m in modifiers) if name != "MixedBitAllocModifier"]
+        raise MoeCollabError(
+            f"MixedBitAllocModifier shares its calibration pass with {others}, but it decides about all layers at "
+            "once, before any is rounded. Use oneshot(pipeline='independent'), the default."
+        )
 
 
 def check_rounded(model: Any, planner: Planner, followers: list[Any]) -> None:

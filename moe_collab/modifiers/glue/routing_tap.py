@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modifiers import Modifier
@@ -19,7 +21,7 @@ class RoutingTap:
         self.layer = layer
         self._indices: torch.Tensor | None = None
         self._weights: torch.Tensor | None = None
-        modifier.register_hook(layer.experts, self._remember, "forward_pre", with_kwargs=True)
+        modifier.register_hook(layer.experts, partial(self._remember), "forward_pre", with_kwargs=True)
 
     def _remember(self, _module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs

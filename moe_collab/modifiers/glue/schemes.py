@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -47,7 +49,7 @@ def weight_arguments(num_bits: int, group_size: int, symmetric: bool) -> Quantiz
     )
 
 
-def attach_scheme(module: torch.nn.Linear, scheme: Scheme) -> None:
+def attach_scheme(module: Any, scheme: Scheme) -> None:
     """Give `module` the scheme that the next quantizer in the recipe will round it with; it must be packed.
 
     The weight of a ternary module must lie on its scales times -1, 0, 1 when it is saved.
@@ -88,7 +90,7 @@ def rounded(weight: torch.Tensor, arguments: QuantizationArgs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def round_in_place(module: torch.nn.Linear, weight: torch.Tensor) -> None:
+def round_in_place(module: Any, weight: torch.Tensor) -> None:
     """Round `weight` to nearest into `module`, whose scheme is attached: weight, scales and zero points."""
     arguments = module.quantization_scheme.weights
     scale, zero_point = _observed_scales(weight, arguments)
@@ -99,7 +101,7 @@ def round_in_place(module: torch.nn.Linear, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def snap_to_grid(module: torch.nn.Linear) -> None:
+def snap_to_grid(module: Any) -> None:
     """Round the weight onto the grid of its scales, as quantizers to nearest leave it to compression to do."""
     zero_point = getattr(module, "weight_zero_point", None)
     snapped = fake_quantize(module.weight, module.weight_scale, zero_point, module.quantization_scheme.weights)
@@ -107,7 +109,7 @@ def snap_to_grid(module: torch.nn.Linear) -> None:
 
 
 @torch.no_grad()
-def is_sound(module: torch.nn.Linear) -> bool:
+def is_sound(module: Any) -> bool:
     """Whether a quantizer left `module` finite, not all zero, and on the grid of its scales."""
     weight, scale = module.weight, module.weight_scale
     if not (torch.isfinite(weight).all() and torch.isfinite(scale).all() and weight.any() and (scale != 0).all()):
@@ -137,7 +139,7 @@ def is_ternary(scheme: QuantizationScheme) -> bool:
 
 
 @torch.no_grad()
-def codes_of(module: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def codes_of(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes int8 [rows, columns], scale, zero point or None) of a quantized module, compressed or not."""
     scheme, scale = module.quantization_scheme, module.weight_scale
     arguments = scheme.weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import torch
 from compressed_tensors.offload.module import unwrap_offload_forward
@@ -33,7 +34,7 @@ def call_experts_alike(moe: MoEModel) -> None:
                 module.forward = MethodType(forward, module)
 
 
-def _forward(block: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(block: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Llama4TextMoe.forward`."""
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     scores, logits = block.router(tokens)

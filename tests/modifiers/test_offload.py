@@ -1,0 +1,69 @@
+"""A model on disk: what is decided by names, shapes and types reads no weights."""
+
+import pytest
+import torch
+from compressed_tensors.offload.cache.disk import DiskCache
+from llmcompressor.utils import load_context
+from transformers import AutoModelForCausalLM
+
+from moe_collab.checkpoint.reader import Checkpoint
+from moe_collab.modifiers.glue.outline import model_fingerprint, outline_of
+from moe_collab.modifiers.glue.recipe import check_unquantized
+from moe_collab.modifiers.glue.top_k import bytes_per_token
+from moe_collab.moe_model import describe
+from moe_collab.plan import CompressionPlan
+
+from .conftest import QUANTIZE, load, run
+
+
+def on_disk(path, folder):
+    with load_context():
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(folder)
+        )
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """Bytes that are read from disk, one number for each weight."""
+    read, stock = [], DiskCache.onload
+
+    def onload(self, offloaded):
+        value = stock(self, offloaded)
+        if isinstance(value, torch.Tensor):
+            read.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(DiskCache, "onload", onload)
+    return read
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_names_and_shapes_are_known_without_reading(family, tiny, tmp_path, bytes_read):
+    model, memory = on_disk(tiny(family), tmp_path), load(tiny(family))
+    moe = describe(model)
+    bytes_read.clear()
+    check_unquantized(model, "Test")
+    outline = outline_of(model, moe)
+    # Offloading keeps selection biases in another type than loading into memory does: two bytes for each expert.
+    assert bytes_per_token(model, moe, 1) == pytest.approx(bytes_per_token(memory, describe(memory), 1), abs=16)
+    routers = len(moe.layers) * max(layer.router.weight.nbytes for layer in moe.layers)
+    assert sum(bytes_read) <= 20 * routers  # counts of experts are read off the routers' rows
+    expected = outline_of(memory, describe(memory))
+    assert outline.matrices == expected.matrices and outline.layers == expected.layers
+    assert [(e.name, e.shape) for e in outline.entries] == [(e.name, e.shape) for e in expected.entries]
+    bytes_read.clear()
+    assert model_fingerprint(model) == model_fingerprint(memory)
+    assert sum(bytes_read) <= 20 * routers
+
+
+def test_fixed_matrices_are_measured_there_too(tiny, tmp_path):
+    allocate = {"bpw": 4.0, "bits": [2, 4], "group_size": [32, 128], "fixed": {"o_proj$": 4}}
+    allocate["plan"] = str(tmp_path / "plan.json")
+    out = tmp_path / "out"
+    run(on_disk(tiny("qwen3_moe"), tmp_path / "disk"), {"MixedBitAllocModifier": allocate}, QUANTIZE, output=out)
+    plan = CompressionPlan.load(tmp_path / "plan.json")
+    fixed = {str(s) for name, s in plan.parsed().items() if name.endswith("o_proj")}
+    assert fixed == {"int4-g32-asym"}  # `bpw` counts experts only, so there is room for the best
+    assert plan.predicted_bytes == sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    assert Checkpoint(out).scheme("model.layers.0.self_attn.o_proj")["weights"]["group_size"] == 32
