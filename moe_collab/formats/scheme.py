@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from ..errors import MoeCollabError
-from .ternary import TERNARY
+from .ternary import TERNARY, TERNARY_PACKED
 
 __all__ = ["DENSE", "PRUNED", "Scheme"]
 
@@ -43,6 +43,12 @@ class Scheme(NamedTuple):
         if self.num_bits == TERNARY:
             return f"ternary-{group}"
         return f"int{self.num_bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+
+    @classmethod
+    def described(cls, num_bits: int, group_size: int | None, symmetric: object, layout: str | None) -> Scheme:
+        """What config.json describes so: ternary as 2 bits in a format of its own, one scale a row as group None or -1."""
+        bits = TERNARY if layout == TERNARY_PACKED else num_bits
+        return cls(bits, -1 if group_size in (None, -1) else int(group_size or 0), bool(symmetric))
 
     @classmethod
     def parse(cls, text: str) -> Scheme:

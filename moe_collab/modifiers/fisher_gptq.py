@@ -19,13 +19,12 @@ from ..calibration.teacher import Lessons, teach
 from ..calibration.tuning import tune_grids
 from ..distributed import store
 from ..errors import MoeCollabError
-from ..formats import TERNARY, Scheme
+from ..formats import Scheme
 from ..moe_model import describe
 from ..rounding import Grid, Rounder
 from .glue.data import calibration_batches, check_data
 from .glue.recipe import check_unquantized, is_on_disk
 from .glue.saving import install_save
-from .glue.schemes import is_ternary
 from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["FisherGPTQModifier"]
@@ -132,8 +131,7 @@ def _check_schemes(model: nn.Module) -> None:
 def _scheme_of(module: nn.Module) -> Scheme:
     described: QuantizationScheme = module.quantization_scheme
     weights = described.weights
-    bits = TERNARY if is_ternary(described) else weights.num_bits
-    return Scheme(bits, -1 if weights.group_size in (None, -1) else weights.group_size, bool(weights.symmetric))
+    return Scheme.described(weights.num_bits, weights.group_size, weights.symmetric, described.format)
 
 
 @torch.no_grad()

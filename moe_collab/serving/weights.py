@@ -45,8 +45,7 @@ def stored_scheme(name: str, described: dict[str, Any] | None) -> Scheme:
         )
     if weights.actorder == "group":
         raise MoeCollabError(f"{name}: actorder `group` (weight_g_idx) is not served. Quantize with `static`.")
-    bits = TERNARY if described["format"] == TERNARY_PACKED else weights.num_bits
-    return Scheme(bits, -1 if weights.group_size in (None, -1) else int(weights.group_size), bool(weights.symmetric))
+    return Scheme.described(weights.num_bits, weights.group_size, weights.symmetric, described["format"])
 
 
 def make_spec(name: str, scheme: Scheme, shape: tuple[int, int], full_columns: int) -> TensorSpec:
