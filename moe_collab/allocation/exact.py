@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .relaxation import Steps
 
-__all__ = ["MAX_ITEMS", "Search"]
+__all__ = ["MAX_ITEMS", "ExactSolver"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -45,7 +45,7 @@ class _Rest:
         return np.where(prefix < 0, np.inf, self.cost[np.maximum(prefix, 0)])
 
 
-class Search:
+class ExactSolver:
     """Improves `choice` [items] to the optimum; `bound` is proven, and equals the cost unless states ran out."""
 
     def __init__(self, sizes: Ints, costs: Floats, budget: int, steps: Steps, choice: Ints) -> None:

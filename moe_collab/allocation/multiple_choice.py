@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import MoeCollabError
 from .budget import format_bytes
-from .exact import MAX_ITEMS, Search
+from .exact import MAX_ITEMS, ExactSolver
 from .exchange import improve
 from .relaxation import lower_hulls
 
@@ -54,8 +54,8 @@ def solve_plain(sizes: Ints, costs: Floats, budget: int) -> Solution:
     choice = improve(sizes, costs, budget, relaxed.choice, relaxed.price)
     bound = relaxed.bound
     if len(sizes) <= MAX_ITEMS:
-        search = Search(sizes, costs, budget, steps, choice)
-        choice, bound = search.choice, max(bound, search.bound)
+        solver = ExactSolver(sizes, costs, budget, steps, choice)
+        choice, bound = solver.choice, max(bound, solver.bound)
     return measured(sizes, costs, choice, bound)
 
 

@@ -46,7 +46,7 @@ class Scheme(NamedTuple):
 
     @classmethod
     def described(cls, num_bits: int, group_size: int | None, symmetric: object, layout: str | None) -> Scheme:
-        """What config.json describes so: ternary as 2 bits in a format of its own, one scale a row as group None or -1."""
+        """What config.json describes so: ternary as 2 bits in its own format, one scale a row as group None or -1."""
         bits = TERNARY if layout == TERNARY_PACKED else num_bits
         return cls(bits, -1 if group_size in (None, -1) else int(group_size or 0), bool(symmetric))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from integration.benchmarks.solver import milp_cost, milp_problem
 from moe_collab import MoeCollabError
 from moe_collab.allocation import solve
-from moe_collab.allocation.exact import Search
+from moe_collab.allocation.exact import ExactSolver
 from moe_collab.allocation.relaxation import lower_hulls
 
 OPTION = st.tuples(st.integers(0, 40), st.integers(-20, 60))
@@ -78,12 +78,12 @@ def test_bound_holds_when_states_run_out(monkeypatch):
     for seed in range(200):
         sizes, costs, budget = milp_problem(seed)
         steps = lower_hulls(sizes, costs)
-        search = Search(sizes, costs, budget, steps, steps.relax(budget).choice)
+        solver = ExactSolver(sizes, costs, budget, steps, steps.relax(budget).choice)
         monkeypatch.undo()
         optimum = solve(sizes, costs, budget).cost
         monkeypatch.setattr("moe_collab.allocation.exact._MAX_EXPANDED", 24)
-        assert search.bound <= optimum * (1 + 1e-12) and search.cost >= optimum * (1 - 1e-12), seed
-        proven.append(search.bound == search.cost)
+        assert solver.bound <= optimum * (1 + 1e-12) and solver.cost >= optimum * (1 - 1e-12), seed
+        proven.append(solver.bound == solver.cost)
     assert not all(proven)
 
 

@@ -128,7 +128,8 @@ def test_no_dead_expert_is_ever_selected(groups, top_k, dropped, seed, dtype):
 )
 def test_masks_by_hand(dropped, message):
     router = DeepseekV3TopkRouter(tiny_config("deepseek_v3", n_routed_experts=16, num_experts_per_tok=5))
-    layer = MoELayer("layer", torch.nn.Module(), router, torch.nn.ModuleList(), "experts")
+    experts = torch.nn.ModuleList([torch.nn.Identity() for _ in range(16)])
+    layer = MoELayer("layer", torch.nn.Module(), router, experts, "experts")
     moe = MoEModel(Family(("deepseek_v3",)), (layer,), 4, 2, 1.0)
     if message is None:
         check_mask(moe.limits, "layer", dropped)
