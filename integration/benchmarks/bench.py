@@ -55,6 +55,8 @@ class Bench:
         rounder: Rounder | None = None,
         form: str = "none",
     ) -> None:
+        """Add the row of what `decide` returns, rounded and evaluated in memory; None makes a row that says so."""
+
         def make() -> dict[str, Any]:
             decision = decide()
             if decision is None:
@@ -72,9 +74,11 @@ class Bench:
         return output_error_table(self.model)
 
     def disk_row(self, path: Path) -> dict[str, Any]:
+        """The columns of a checkpoint, loaded and evaluated."""
         return self.row(None, checkpoint_size(path), self.model.from_disk(path), "disk")
 
     def row(self, size: str | None, found_bytes: int, found: Evaluation, path: str) -> dict[str, Any]:
+        """The columns of an evaluation, with its ratio to uniform GPTQ of this `size`; `path` is disk or memory."""
         original = self.model.original
         row = {
             "bytes": found_bytes,

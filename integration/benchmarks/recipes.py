@@ -23,6 +23,7 @@ import yaml
 from tqdm import tqdm
 
 import moe_collab
+from moe_collab import MoeCollabError
 from moe_collab.evaluation import evaluate, log_probabilities
 
 from ..compress import FIXTURE, calibration, checkpoint_size, log_warnings_only, run_oneshot, tokens
@@ -58,10 +59,13 @@ def fitted(recipe: dict[str, Any], source: Path) -> str:
 def measure(
     name: str, recipe: dict[str, Any], family: str, folder: Path, base: torch.Tensor, rows: int
 ) -> dict[str, Any]:
-    """Run one recipe on one fixture; a row of the table."""
+    """Run one recipe on one fixture; a row of the table, with the reason if the recipe does not fit the model."""
     source, output = FIXTURE.with_name(family), folder / f"{family}-{name.replace('/', '-')}"
     started = time.monotonic()
-    run_oneshot(fitted(recipe, source), output, source, calibration(rows, model=source))
+    try:
+        run_oneshot(fitted(recipe, source), output, source, calibration(rows, model=source))
+    except MoeCollabError as error:
+        return {"recipe": name, "model": family, "refused": str(error)}
     seconds = time.monotonic() - started
     digest = hashlib.sha256()
     for file in sorted(output.glob("*.safetensors")):
