@@ -1,4 +1,4 @@
-"""What decides: from names, shapes and costs to how every matrix is stored and which experts go, within a budget."""
+"""Decides, from names, shapes and costs, how every matrix is stored and which experts are dropped, within a budget."""
 
 from .budget import format_bytes, parse_bytes
 from .costs import CostTable

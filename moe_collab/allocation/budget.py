@@ -1,4 +1,4 @@
-"""Budgets as people write them."""
+"""Sizes in bytes as people write them: reading and printing."""
 
 from __future__ import annotations
 

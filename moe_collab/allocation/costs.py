@@ -1,4 +1,4 @@
-"""`CostTable`: what every way to store every matrix costs, which allocation adds up."""
+"""`CostTable`: the cost of every way to store every matrix; allocation adds these costs up."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ class CostTable(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     fingerprint: str = ""
-    """Of the model and of all that decides how costs are measured, the data apart."""
+    """Identifies the model and all that decides how costs are measured, except the data."""
     costs: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Matrix name -> the scheme's text -> cost."""
     routed_tokens: dict[str, list[int]] = Field(default_factory=dict)
+    """MoE layer name -> calibration tokens routed to each expert."""
     tokens: int = 0
-    """Calibration tokens."""
+    """Number of calibration tokens."""
 
     def cost(self, name: str, scheme: Scheme) -> float:
-        """Of storing matrix `name` at `scheme`; 0 for what no cost was measured of."""
+        """The cost of storing matrix `name` at `scheme`; 0 if none was measured."""
         return self.costs.get(name, {}).get(str(scheme), 0.0)
 
     def add(self, name: str, schemes: Sequence[Scheme], costs: Sequence[float]) -> None:
-        """Set costs of one matrix, beside those it has."""
+        """Set the costs of one matrix at `schemes`; its costs at other schemes stay."""
         self.costs.setdefault(name, {}).update(
             (str(scheme), float(cost)) for scheme, cost in zip(schemes, costs, strict=True)
         )

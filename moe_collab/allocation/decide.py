@@ -1,4 +1,4 @@
-"""Decide by measured costs, try the decisions on held-out tokens, take what is measured to be best."""
+"""Make decisions from measured costs, try them on held-out tokens, and take the one that proves best there."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from .planner import Decision, Planner
 __all__ = ["Decided", "Measurements", "compression_plan", "decide", "with_fewer_experts"]
 
 _DROP_ROUNDS = 4
+"""How often the costs of losing experts are measured, each time with the last decision's experts gone."""
 _REVERSALS = 8
+"""Attempts to keep `max_kl`, each with a lower limit on the costs than the last."""
 
 
 class Measurements(Protocol):
-    """What is asked of a model and its calibration tokens; `calibration.measurements` answers for live models."""
+    """The numbers that `decide` asks for; `calibration.measurements` measures them on a live model."""
 
     def costs(self) -> CostTable:
-        """What every scheme on offer costs for every matrix."""
+        """The cost of every scheme on offer, for every matrix."""
         ...
 
     def drop_costs(self, dropped: Mapping[str, Collection[int]]) -> DropCosts:
-        """What losing each expert costs besides those `dropped`, by layer; of these, what bringing it back saves."""
+        """A cost for each expert of each layer while the experts `dropped` (layer name -> indices) are gone.
+
+        For an expert of `dropped` it is what bringing it back would save, for any other what losing it too would cost.
+        """
         ...
 
     def kl(self, decision: Decision) -> float:
@@ -38,13 +43,16 @@ class Measurements(Protocol):
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision, the costs behind it, and what held-out tokens say of it and of the best uniform scheme."""
+    """A decision, the costs behind it, and the KL that it and the best uniform scheme have on held-out tokens."""
 
     decision: Decision
     table: CostTable
     kl: float | None = None
+    """Nats per token; None if it was not measured."""
     uniform: str | None = None
+    """The best scheme for all routed experts alike; None if none fits the budget or none was tried."""
     uniform_kl: float | None = None
+    """Nats per token."""
 
 
 def decide(planner: Planner, measured: Measurements) -> Decided:
@@ -57,7 +65,7 @@ def decide(planner: Planner, measured: Measurements) -> Decided:
         decisions.append(planner.cheapest(table))
     except MoeCollabError:
         if not decisions:
-            raise  # What fits only with fewer experts has been decided above.
+            raise  # With pruning the error does not matter: a decision with fewer experts has been made above.
     kl, decision = min(((measured.kl(d), d) for d in decisions), key=lambda pair: pair[0])
     found = _against_uniform(planner, measured, Decided(decision, table, kl))
     if request.max_kl is not None and found.kl is not None and found.kl > request.max_kl:
@@ -69,9 +77,10 @@ def decide(planner: Planner, measured: Measurements) -> Decided:
 
 
 def with_fewer_experts(planner: Planner, measured: Measurements, table: CostTable) -> Decision:
-    """The cheapest decision in which experts may go.
+    """The cheapest decision in which experts may be dropped.
 
-    Costs of losing experts do not add up: they are measured anew besides those that go, until these stay the same.
+    The costs of losing experts do not add up. So they are measured again with the chosen experts gone, and the decision
+    is made again, until it drops the same experts as before or `_DROP_ROUNDS` is reached.
     """
     dropped: Mapping[str, Collection[int]] = {}
     for _ in range(_DROP_ROUNDS):
@@ -83,7 +92,7 @@ def with_fewer_experts(planner: Planner, measured: Measurements, table: CostTabl
 
 
 def _against_uniform(planner: Planner, measured: Measurements, found: Decided) -> Decided:
-    """The same, or the best uniform scheme that fits where that is measured to be better."""
+    """`found`, compared with the best uniform scheme that fits and replaced by it where its KL is lower."""
     best = planner.uniform(found.table)
     if best is None:
         return found
@@ -104,7 +113,10 @@ def _against_uniform(planner: Planner, measured: Measurements, found: Decided) -
 
 
 def _smallest(planner: Planner, measured: Measurements, table: CostTable) -> Decided:
-    """The smallest decision whose KL on held-out tokens keeps `max_kl`: where it is missed, bits are given back."""
+    """The smallest decision whose KL on held-out tokens is at most `max_kl`.
+
+    The sum of costs only predicts that KL: where the measured KL is too large, a decision with a lower sum is made.
+    """
     allowed = limit = planner.request.max_kl
     assert allowed is not None and limit is not None
     for _ in range(_REVERSALS):
@@ -122,7 +134,7 @@ def _smallest(planner: Planner, measured: Measurements, table: CostTable) -> Dec
 def compression_plan(
     planner: Planner, decided: Decided, model_fingerprint: str, recipe_fingerprint: str
 ) -> CompressionPlan:
-    """What was decided, as the file that everything else executes; the fingerprints say what it was decided for."""
+    """The decision as the plan that all later steps carry out; the fingerprints tell the model and recipe it is for."""
     request, decision, limits = planner.request, decided.decision, planner.outline.limits
     gone = max(map(len, decision.dropped.values()), default=0) if request.pruning == "physical" else 0
     return CompressionPlan(

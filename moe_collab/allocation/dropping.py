@@ -1,4 +1,4 @@
-"""Allocation in which experts may be dropped: the dual proposes who stays, the plain knapsack does the rest."""
+"""Allocation in which experts may be dropped: the dual proposes which stay, a plain knapsack gives these their bits."""
 
 from __future__ import annotations
 
@@ -20,36 +20,45 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-# Experts that no other choice of experts can improve by more than this share of the cost are left alone.
+# The search for a better choice of experts ends when it could lower the cost by no more than this share.
 _CLOSE = 1e-5
-# Work on neighbours of a choice of experts: items times neighbours bounded, and a solved one counts as a hundred.
+# Limit of that search: the number of items times the neighbours looked at. Looking at one takes a bound of its cost; a
+# neighbour whose knapsack is solved as well counts as a hundred more.
 _EFFORT = 400_000
 _SOLVED = 100
+# Experts of each routing group that are tried for dropping, and as many that are tried for coming back. Masked pruning
+# tries four times as many, out of the whole model.
 _MARGINAL = 3
 
 
 @dataclass(frozen=True)
 class PhysicalSolution:
-    """The best allocation over all kept counts, and what is known of each count."""
+    """The best allocation over all numbers of experts that a group may keep, and what is known of each number."""
 
     solution: Solution
     kept: int
     """Experts kept per routing group."""
     bounds: dict[int, float]
-    """Lower bound of the cost for each count that fits the budget."""
+    """Number of experts kept per group -> lower bound of the cost, for each number that fits the budget."""
     costs: dict[int, float]
-    """Cost reached for each count whose bound did not rule it out."""
+    """Number of experts kept per group -> cost reached, for each number that its bound did not rule out."""
 
 
 def solve_masked(sizes: Ints, costs: Floats, budget: int, pruning: ExpertChoice) -> Solution:
-    """Experts dropped freely per layer under the routers' constraints. Raises `MoeCollabError` with the minimum."""
+    """The best allocation found with masked pruning, which drops any experts that the routers' constraints allow.
+
+    Raises `MoeCollabError` with the bytes needed if the budget is too small.
+    """
     dual = Dual(sizes, costs, budget, pruning, np.zeros(1, dtype=np.int64))
     _require(dual.least_bytes(), budget)
     return _Chooser(sizes, costs, budget, pruning, dual).best(0, dual.maximise(0))
 
 
 def solve_scan(sizes: Ints, costs: Floats, budget: int, pruning: ExpertChoice, counts: Ints) -> PhysicalSolution:
-    """The same number of experts in every group: the best of `counts` [alternatives]."""
+    """The best allocation found in which every group keeps the same number of experts, one of `counts` [alternatives].
+
+    Raises `MoeCollabError` with the bytes needed if the budget is too small.
+    """
     dual = Dual(sizes, costs, budget, pruning, counts)
     least = dual.least_bytes()
     _require(least, budget)
@@ -87,7 +96,7 @@ def _require(least: Ints, budget: int) -> None:
 
 
 class _Chooser:
-    """Finds who stays: the dual's choice at the budget's price, then single changes of it that pay."""
+    """Finds which experts to keep: first the dual's choice at the budget's price, then changes of it that save cost."""
 
     def __init__(self, sizes: Ints, costs: Floats, budget: int, pruning: ExpertChoice, dual: Dual) -> None:
         self._sizes, self._costs, self._budget = sizes, costs, budget
@@ -104,7 +113,7 @@ class _Chooser:
         return self._climb(known, peak)
 
     def _climb(self, known: tuple[Mask, Solution], peak: Peak) -> Solution:
-        """Take the first neighbour that is better, again and again, while the gap and the effort allow."""
+        """Go on to the first neighbour that costs less, again and again, until the gap is small or the effort spent."""
         effort, before = _EFFORT // len(self._sizes), None
         while known is not before and known[1].gap > _CLOSE:
             before = known
@@ -124,7 +133,7 @@ class _Chooser:
         return (kept, solution) if solution.cost < known[1].cost else known
 
     def _with(self, kept: Mask, bound: float) -> Solution:
-        """The allocation when exactly `kept` [items] stay."""
+        """The allocation in which exactly the items marked in `kept` [items, bool] stay."""
         choice = self._dual.drop_option.copy()
         choice[kept] = (
             solve_plain(self._sizes[kept], self._dual.kept_costs[kept], self._budget).choice if kept.any() else 0
@@ -132,14 +141,18 @@ class _Chooser:
         return measured(self._sizes, self._costs, choice, bound)
 
     def _bound(self, kept: Mask) -> float:
-        """Lower bound of the cost when exactly `kept` stay; inf when they do not fit."""
+        """Lower bound of the cost if exactly `kept` stay; inf if they do not fit the budget."""
         steps = self._dual.steps.only(kept, self._sizes, self._dual.kept_costs)
         if steps.start_size > self._budget:
             return np.inf
         return steps.relax(self._budget).bound + float(self._dual.drop_cost[~kept].sum())
 
     def _neighbours(self, kept: Mask, peak: Peak, worthwhile: float) -> Iterator[Mask]:
-        """Allowed changes of one or two experts, least loss at the budget's price first, up to `worthwhile`."""
+        """Allowed choices that differ from `kept` in one or two experts, the most promising first.
+
+        A change's loss is what it adds to cost + price * size at the price `peak.affordable`; choices whose loss is not
+        below `worthwhile` are left out.
+        """
         worth = self._dual.worth(peak.affordable)
         for _, changed in sorted(self._changes(kept, worth, worthwhile), key=lambda change: (change[0], change[1])):
             neighbour = kept.copy()
@@ -148,7 +161,10 @@ class _Chooser:
                 yield neighbour
 
     def _changes(self, kept: Mask, worth: Floats, worthwhile: float) -> list[tuple[float, tuple[int, ...]]]:
-        """(loss at the price, items that change sides): swaps within groups, and if masked also across, or alone."""
+        """(loss, items to drop or to bring back), with `worth` [items] from `Dual.worth`.
+
+        Physical pruning swaps two experts of one group; masked pruning swaps any two, or drops or brings back one.
+        """
         droppable = kept & self._dual.is_expert & self._dual.can_drop
         addable = ~kept & np.isfinite(worth)
         physical = self._pruning.form == "physical"
@@ -165,4 +181,5 @@ class _Chooser:
 
 
 def _smallest(items: Ints, values: Floats, count: int) -> Ints:
+    """The `count` items of `items` whose entries in `values` [all items] are smallest."""
     return items[np.argsort(values[items], kind="stable")[:count]]

@@ -1,9 +1,9 @@
 """The Lagrangian dual of allocation with dropped experts: bytes get a price, then every group decides by itself.
 
-At a price, an expert is worth the best cost + price * size of its options that keep it; a group that keeps m
-experts keeps those whose worth is furthest below the cost of dropping them (Kellerer, Pferschy, Pisinger,
-*Knapsack Problems*, 2004, chapter 3.8, for the dual of knapsacks). Every price gives a lower bound of every
-allocation's cost.
+At a given price per byte, keeping an expert costs the least cost + price * size among its options that keep it; a group
+that keeps m experts keeps those for which this is furthest below the cost of dropping them (Kellerer, Pferschy,
+Pisinger, *Knapsack Problems*, 2004, chapter 3.8, for the dual of knapsacks). Every price gives a lower bound of the
+cost of all allocations within the budget.
 """
 
 from __future__ import annotations
@@ -28,25 +28,33 @@ _CONVERGED = 1e-10
 
 
 class Peak(NamedTuple):
-    """The dual's maximum: a lower bound of the cost, and the prices just below and just above it."""
+    """The dual's maximum, which is a lower bound of the cost, and the prices per byte just below and just above it."""
 
     bound: float
     too_cheap: float
-    """Price at which more than the budget is bought (0 when the budget is never reached)."""
+    """Price at which the best choices take more bytes than the budget (0 if they fit even for free)."""
     affordable: float
-    """Price at which the budget suffices."""
+    """Price at which the best choices fit the budget."""
 
 
 class _Ranked(NamedTuple):
-    """Experts of each group, most worth keeping first: the cost and bytes of keeping the first m, and who they are."""
+    """The experts of each group in the order in which they would be kept: those that must stay, then by cost saved."""
 
     cost: Floats
+    """What keeping the first m experts instead of dropping them adds to the cost at the price (a saving is negative),
+    [layers, n_group, m]; inf where that is not possible."""
     size: Ints
+    """Bytes of the first m experts, [layers, n_group, m]."""
     items: Ints
+    """The experts' items in that order, [layers, n_group, experts]; -1 where there is none."""
 
 
 class Dual:
-    """The dual for several alternatives at once: physical pruning's counts per group, or masked pruning as one."""
+    """The dual for several alternatives at once.
+
+    With physical pruning there is an alternative for each of `counts`, the number of experts that every group keeps;
+    masked pruning is a single alternative.
+    """
 
     def __init__(self, sizes: Ints, costs: Floats, budget: int, pruning: ExpertChoice, counts: Ints) -> None:
         self._sizes, self._budget, self._pruning, self._counts = sizes, budget, pruning, counts
@@ -68,7 +76,7 @@ class Dual:
         return np.where(np.isinf(cost), -1, total)
 
     def maximise(self, alternative: int) -> Peak:
-        """Highest point of the dual of an alternative whose smallest allocation fits."""
+        """The highest point of the dual of one alternative, whose smallest allocation must fit the budget."""
         low, high = self._bracket(alternative)
         for turn in range(_ROUNDS):
             (low_value, low_size), (high_value, high_size) = self._at(low, alternative), self._at(high, alternative)
@@ -80,7 +88,7 @@ class Dual:
             ceiling = low_value + (price - low) * (low_size - self._budget)
             if ceiling - best <= _CONVERGED * abs(best) or not low < price < high:
                 break
-            # Halving in turn keeps a long flat side from stalling the search.
+            # Every third price is the geometric mean of both ends instead: a long flat side would stall the search.
             price = price if turn % 3 or low == 0 else float(np.sqrt(low * high))
             low, high = (price, high) if self._at(price, alternative)[1] > self._budget else (low, price)
         return Peak(best, low, high)
@@ -91,7 +99,7 @@ class Dual:
         return worth - self.drop_cost
 
     def kept(self, price: float, alternative: int) -> Mask:
-        """The items that stay at `price`, [items]; what is no expert always stays."""
+        """Which items the alternative keeps at `price`, [items, bool]; an item that is no expert is always kept."""
         ranked = self._ranked(*self._bought(price), self.drop_cost)
         if self._pruning.form == "physical":
             counts = np.full(ranked.cost.shape[:2], self._counts[alternative])
@@ -102,6 +110,7 @@ class Dual:
         return kept
 
     def _bracket(self, alternative: int) -> tuple[float, float]:
+        """(a price at which too many bytes are taken, a price at which they fit the budget)."""
         if self._at(0.0, alternative)[1] <= self._budget:
             return 0.0, 0.0
         high = float(self.steps.slope.max(initial=0.0)) or 1.0
@@ -114,6 +123,7 @@ class Dual:
         )
 
     def _at(self, price: float, alternative: int) -> tuple[float, int]:
+        """(value of the dual, bytes taken) at `price`."""
         if price not in self._points:
             cost, size = self._totals(*self._bought(price), self.drop_cost)
             self._points[price] = cost - price * self._budget, size
@@ -121,7 +131,7 @@ class Dual:
         return float(value[alternative]), int(size[alternative])
 
     def _bought(self, price: float) -> tuple[Floats, Ints]:
-        """(cost + price * size, size) of the best option that keeps each item, [items]."""
+        """(cost + price * size, size), [items] each, of each item's best option that keeps it."""
         steps = int(np.searchsorted(-self.steps.slope, -price, side="left"))
         choice = self.steps.start.copy()
         choice[self.steps.item[:steps]] = self.steps.option[:steps]
@@ -140,7 +150,7 @@ class Dual:
         return _Ranked(cost, _prefix(np.where(items >= 0, size[items], 0)), items)
 
     def _totals(self, worth: Floats, size: Ints, drop_cost: Floats) -> tuple[Floats, Ints]:
-        """(cost at the price, bytes) of each alternative, [alternatives]."""
+        """(cost + price * size, size) of each alternative's best allocation, [alternatives] each."""
         ranked = self._ranked(worth, size, drop_cost)
         cost = float(worth[~self.is_expert].sum() + drop_cost[self.is_expert].sum())
         shared = int(size[~self.is_expert].sum())

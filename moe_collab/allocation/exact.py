@@ -30,7 +30,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class _Rest:
-    """What the items still to come can reach: hull prefixes of `size` bytes at `cost`, both [steps + 1]."""
+    """What the items still to come can reach: their first 0, 1, ... hull steps take `size` at `cost`, [steps + 1]."""
 
     size: Ints
     cost: Floats
@@ -40,13 +40,13 @@ class _Rest:
         return np.where(left < self.size[0], np.inf, np.interp(left, self.size, self.cost))
 
     def reached(self, left: Ints) -> Floats:
-        """Cost of the relaxation's whole steps with `left` bytes, which an allocation really has."""
+        """Cost after as many whole steps as fit in `left` bytes, which makes a real allocation."""
         prefix = np.searchsorted(self.size, left, side="right") - 1
         return np.where(prefix < 0, np.inf, self.cost[np.maximum(prefix, 0)])
 
 
 class ExactSolver:
-    """Improves `choice` [items] to the optimum; `bound` is proven, and equals the cost unless states ran out."""
+    """Improves `choice` [items] to the optimum; `bound` is proven, and equals the cost unless states were discarded."""
 
     def __init__(self, sizes: Ints, costs: Floats, budget: int, steps: Steps, choice: Ints) -> None:
         self._sizes, self._costs, self._budget, self._steps = sizes, costs, budget, steps
@@ -68,7 +68,7 @@ class ExactSolver:
         return expanded // options
 
     def _hardest_first(self) -> Ints:
-        """Items by the size of their largest option: what is left for the end is fine-grained."""
+        """Items by the size of their largest option, descending, so that small ones are left to fill up at the end."""
         return np.argsort(-np.where(np.isinf(self._costs), 0, self._sizes).max(axis=1), kind="stable")
 
     def _rest(self, done: int) -> _Rest:
@@ -111,7 +111,7 @@ class ExactSolver:
         return alive
 
     def _complete(self, done: int, size: Ints, cost: Floats) -> None:
-        """Take over the best allocation that a state and whole steps of the items to come make, if it is better."""
+        """Complete each state by whole steps of the items to come; adopt the best such allocation if it is better."""
         rest = self._rest(done)
         reached = cost + rest.reached(self._budget - size)
         if not len(reached) or reached.min() >= self.cost:

@@ -18,11 +18,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """Couples items that are whole experts; an expert's options of size 0 mean that it is dropped.
+    """Constraints between those items that are whole experts; an option of size 0 means that the expert is dropped.
 
-    `physical` keeps equally many experts in every routing group of every layer. `masked` is free per layer within
-    `RouterLimits.mask_violation`. An expert without an option of size 0 is always kept; one that was pruned before is
-    no item.
+    `physical` keeps equally many experts in every routing group of every layer. `masked` may keep any numbers that
+    `RouterLimits.mask_violation` allows, different ones in each layer and group. An expert without an option of size 0
+    is always kept; an expert that was pruned earlier has no item.
     """
 
     form: Literal["physical", "masked"]
@@ -39,7 +39,7 @@ class ExpertChoice:
 
     @property
     def n_group(self) -> int:
-        """Routing groups of a layer that bind what may be dropped."""
+        """Routing groups of a layer; 1 where they do not restrict which experts may be dropped."""
         return self.limits.n_group
 
     @property
@@ -58,7 +58,7 @@ class ExpertChoice:
         return self.limits.least_live
 
     def table(self) -> Ints:
-        """Item per place, [layers, n_group, experts of the largest group]; -1 where a group is smaller.
+        """The item of each expert, [layers, n_group, experts of the largest group]; smaller groups end in -1.
 
         Raises `MoeCollabError` when layers and groups do not describe the items.
         """
@@ -76,7 +76,7 @@ class ExpertChoice:
         return table.reshape(len(names), self.n_group, -1)
 
     def kept_counts(self, kept: NDArray[np.bool_]) -> Ints:
-        """Experts kept, [layers, n_group], when `kept` [items] are."""
+        """How many experts each group keeps, [layers, n_group], if `kept` [items, bool] marks the items that stay."""
         table = self.table()
         return np.where(table >= 0, np.asarray(kept, dtype=bool)[table], False).sum(axis=2)
 

@@ -26,24 +26,30 @@ DropCosts = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Where an expert is."""
+    """Which routed expert of the model it is."""
 
     layer: int
-    """Position among the MoE layers."""
+    """Position of its layer among the MoE layers."""
     index: int
+    """Its index within the layer."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Matrices decided on together: in each part they share a scheme; `expert` if all of one and it may go."""
+    """Matrices that are decided on together, as one item of the knapsack."""
 
     parts: tuple[tuple[str, ...], ...]
+    """The names of the matrices, in parts; the matrices of a part share a scheme."""
     expert: ExpertPlace | None
+    """The expert, if the item is all three matrices of one that may be dropped; else None."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """An item's options: a scheme for each part, or `PRUNED` alone; with their bytes and costs, [options] each."""
+    """An item's options, with their bytes and costs, [options] each.
+
+    An option is one scheme for each part of the item, or `PRUNED` alone for dropping the expert.
+    """
 
     schemes: list[tuple[Scheme, ...]]
     sizes: Ints
@@ -51,7 +57,11 @@ class Choices:
 
 
 def group_items(outline: ModelOutline, matrices: Mapping[str, Matrix], request: AllocationRequest) -> Iterator[Item]:
-    """Items by the request's granularity; what `fixed` names is a part of its own, what is no expert an item."""
+    """The knapsack's items: all `matrices`, grouped as the request's granularity says.
+
+    With pruning an item is a whole expert. Matrices that `fixed` names are a part of their own within their item; a
+    matrix outside the routed experts is an item of its own.
+    """
     by_layer: dict[int, dict[str, dict[str, list[str]]]] = {}
     experts = [(matrix.layer, matrix) for matrix in matrices.values() if matrix.layer is not None]
     for layer, matrix in sorted(experts, key=lambda e: (e[0], e[1].expert, PROJECTIONS.index(e[1].projection))):
@@ -74,7 +84,7 @@ def group_items(outline: ModelOutline, matrices: Mapping[str, Matrix], request: 
 
 
 class ItemTable:
-    """Options of matrices and items, with what they take and cost."""
+    """The options of matrices and of items, with their bytes and costs."""
 
     def __init__(
         self,
@@ -97,7 +107,11 @@ class ItemTable:
         return self._known[key]
 
     def choices(self, item: Item, table: CostTable, drops: DropCosts | None, header: bool) -> Choices:
-        """An item's options: those of which no other is both as small and as cheap, and being dropped."""
+        """An item's options, without those that another option equals or beats in both size and cost.
+
+        With `drops`, dropping is an option of whole experts; it costs nothing in layers that `drops` does not name.
+        `header` says whether sizes include what the file's header takes for the tensors.
+        """
         parts = [self._part(members, table, header) for members in item.parts]
         schemes = list(product(*(options for options, _, _ in parts)))
         sizes, costs = np.zeros(1, np.int64), np.zeros(1)
@@ -112,7 +126,7 @@ class ItemTable:
         return Choices(schemes, sizes, costs)
 
     def _part(self, members: Sequence[str], table: CostTable, header: bool) -> tuple[list[Scheme], Ints, Floats]:
-        """(options, sizes, costs) of matrices that share a scheme."""
+        """(schemes, bytes, costs) of the matrices `members`, which share a scheme; one entry for each option."""
         options = self.options(members[0])
         sizes = [sum(self._layout.size(name, scheme, header) for name in members) for scheme in options]
         costs = [sum(table.cost(name, scheme) for name in members) for scheme in options]
@@ -120,7 +134,7 @@ class ItemTable:
 
 
 def _pareto(sizes: Ints, costs: Floats) -> list[int]:
-    """Positions, by ascending size, of what no other is both as small and as cheap as."""
+    """Positions, by ascending size, of the options that are cheaper than every option that is as small or smaller."""
     order = np.lexsort((costs, sizes))
     best = np.r_[np.inf, np.minimum.accumulate(costs[order])[:-1]]
     return order[costs[order] < best].tolist()

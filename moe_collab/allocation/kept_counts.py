@@ -1,4 +1,4 @@
-"""How many experts each routing group keeps under the constraints of masked pruning, at least cost."""
+"""The cheapest numbers of experts for the routing groups to keep under the constraints of masked pruning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Floats = NDArray[np.float64]
 
 
 class _Option(NamedTuple):
-    """One way for a group, per layer: keep `kept` experts at `cost`, both [layers]. `low` adds `weight` to the lows."""
+    """One option of a routing group, for all layers at once: keep `kept` experts at `cost`, both [layers].
+
+    `low`: the group is one of the low ones of `_coupled`, and adds `weight` experts to their sum.
+    """
 
     kept: Ints
     cost: Floats
@@ -26,10 +29,10 @@ class _Option(NamedTuple):
 
 
 def cheapest_counts(prefix: Floats, pruning: ExpertChoice) -> tuple[Floats, Ints]:
-    """(cost [layers], experts kept [layers, groups]): the least sum of `prefix` [layers, groups, count] allowed.
+    """(cost [layers], experts kept [layers, groups]) of the cheapest counts that `pruning` allows in each layer.
 
-    `prefix[l, g, m]` is the cost of keeping the m best experts of a group, inf where that is impossible; so is the
-    cost of a layer that cannot satisfy `pruning`.
+    `prefix[l, g, m]` is the cost of keeping the m best experts of group g in layer l, inf where that is impossible; a
+    layer's cost is the sum over its groups, inf for a layer that cannot satisfy `pruning`.
     """
     allowed = prefix.copy()
     allowed[:, :, 1 : pruning.least_live] = np.inf
@@ -42,15 +45,18 @@ def cheapest_counts(prefix: Floats, pruning: ExpertChoice) -> tuple[Floats, Ints
 
 
 def _satisfied(counts: Ints, pruning: ExpertChoice) -> NDArray[np.bool_]:
+    """Whether `counts` [layers, groups] leave enough live groups, and enough experts in the smallest, [layers]."""
     live = np.sort(np.where(counts > 0, counts, np.iinfo(np.int64).max), axis=1)[:, : pruning.live_groups]
     enough = (counts > 0).sum(axis=1) >= pruning.live_groups
     return enough & (np.where(enough[:, None], live, 0).sum(axis=1) >= pruning.top_k)
 
 
 def _coupled(prefix: Floats, pruning: ExpertChoice) -> tuple[Floats, Ints]:
-    """The same by trying every size that the largest of the smallest `live_groups` live groups can have.
+    """As `cheapest_counts`, for layers in which the cheapest count of each group alone breaks the constraints.
 
-    Given that size, the groups up to it are `low` and must hold `top_k` together, all others are dead or larger.
+    The smallest `live_groups` live groups of a layer are called low; together they must hold `top_k` experts. Every
+    size that the largest of them can have is tried as a ceiling; all other groups then keep nothing, or that many or
+    more.
     """
     best = np.full(len(prefix), np.inf)
     counts = np.zeros(prefix.shape[:2], dtype=np.int64)
@@ -62,7 +68,11 @@ def _coupled(prefix: Floats, pruning: ExpertChoice) -> tuple[Floats, Ints]:
 
 
 def _with_ceiling(prefix: Floats, pruning: ExpertChoice, ceiling: int) -> tuple[Floats, Ints]:
-    """(cost [layers], counts [layers, groups]): dynamic programming over groups, low groups so far and their sum."""
+    """(cost [layers], counts [layers, groups]) when low groups keep at most `ceiling` experts.
+
+    Dynamic programming, one group after the other; a state is the number of low groups so far and their experts
+    together, counted up to `top_k`.
+    """
     layers, groups, _ = prefix.shape
     cost = np.full((layers, pruning.live_groups + 1, pruning.top_k + 1), np.inf)
     cost[:, 0, 0] = 0.0
@@ -81,6 +91,7 @@ def _with_ceiling(prefix: Floats, pruning: ExpertChoice, ceiling: int) -> tuple[
 
 
 def _options(prefix: Floats, pruning: ExpertChoice, ceiling: int) -> Iterator[_Option]:
+    """Options of one group: keep nothing, be low with up to `ceiling` experts, or keep at least that many."""
     layers, widths = prefix.shape
     enough = max(pruning.top_k, pruning.least_live)
     yield _Option(np.zeros(layers, dtype=np.int64), prefix[:, 0], 0, False)
@@ -90,13 +101,13 @@ def _options(prefix: Floats, pruning: ExpertChoice, ceiling: int) -> Iterator[_O
         count = ceiling + prefix[:, ceiling:].argmin(axis=1)
         cost = prefix[np.arange(layers), count]
         yield _Option(count, cost, 0, False)
-        # A group that alone holds all a token needs may be of any size.
+        # A low group that alone holds all the experts a token needs may be of any size.
         if ceiling == enough:
             yield _Option(count, cost, pruning.top_k, True)
 
 
 def _add_low(cost: Floats, counts: Ints, weight: int) -> tuple[Floats, Ints]:
-    """States after one more low group of `weight` experts; sums beyond the last state count as the last."""
+    """The states after one more low group of `weight` experts; sums beyond `top_k` count as `top_k`."""
     full = cost.shape[2] - 1
     new_cost, new_counts = np.full_like(cost, np.inf), np.zeros_like(counts)
     new_cost[:, 1:, weight:full] = cost[:, :-1, : full - weight]

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 def solve(sizes: Ints, costs: Floats, budget: int, *, pruning: ExpertChoice | None = None) -> Solution:
-    """Least total cost of one option per item within `budget` bytes; equal input gives equal output.
+    """Choose one option per item at the least total cost within `budget` bytes; equal input gives equal output.
 
     `sizes` (bytes) and `costs` are [items, options]; an item with fewer options is padded with a cost of inf.
     Without `pruning` at most 100 items, and most often up to 1000, are solved to the optimum: gap 0. With it, experts

@@ -79,7 +79,7 @@ class CheckpointLayout:
 
 
 def _cell(shape: tuple[int, int], dtype: str, scheme: Scheme) -> tuple[list[TensorEntry], int, int]:
-    """(what is stored of a matrix, each entry's name following the module's; bytes; characters of these names)."""
+    """(tensors that a matrix is stored as, named by what follows the module's name; their bytes; the names' length)."""
     entries = [TensorEntry(".weight", dtype, shape)]
     if scheme.is_packed:
         group = scheme.group_of(shape[1])

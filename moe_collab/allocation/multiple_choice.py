@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Solution:
-    """An allocation, and what no allocation within the budget can be better than."""
+    """An allocation, and a lower bound of the cost of every allocation within the budget."""
 
     choice: Ints
     """Option per item, [items]."""
@@ -39,7 +39,7 @@ class Solution:
 
 
 def solve_plain(sizes: Ints, costs: Floats, budget: int) -> Solution:
-    """Least total cost of one option per item, [items, options] each, within `budget` bytes.
+    """Choose one option per item at the least total cost within `budget` bytes; `sizes`, `costs` [items, options].
 
     Up to 1000 items a search for the proven optimum follows the relaxation's whole steps and their local improvement.
     Raises `MoeCollabError` with the bytes needed when the smallest allocation is larger.
@@ -67,7 +67,7 @@ def measured(sizes: Ints, costs: Floats, choice: Ints, bound: float) -> Solution
 
 
 def check(sizes: Ints, costs: Floats) -> tuple[Ints, Floats]:
-    """Both as int64 and float64 [items, options]. Raises `MoeCollabError` naming the first item that is unusable."""
+    """(`sizes` as int64, `costs` as float64), [items, options]. Raises `MoeCollabError` naming an unusable item."""
     s, c = np.asarray(sizes), np.asarray(costs, dtype=np.float64)
     if s.ndim != 2 or s.shape != c.shape or not np.issubdtype(s.dtype, np.number):
         raise MoeCollabError(f"knapsack: sizes {s.shape} and costs {c.shape} must both be [items, options].")

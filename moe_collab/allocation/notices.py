@@ -1,4 +1,4 @@
-"""What the user is told of a decision."""
+"""What the log tells the user about a decision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["report_decision"]
 
 
 def report_decision(plan: CompressionPlan) -> None:
-    """Say what was decided, and how it compares."""
+    """Log what was decided, its size and KL, and the KL of the best uniform scheme beside it."""
     spread = ", ".join(f"{count} {scheme}" for scheme, count in sorted(Counter(plan.schemes.values()).items()))
     lost = sum(map(len, plan.dropped.values()))
     logger.info(

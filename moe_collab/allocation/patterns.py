@@ -49,7 +49,8 @@ def check_ignored(key: str, entries: Iterable[str], outline: ModelOutline) -> No
 def check_regexes(key: str, patterns: Iterable[str], matrices: Collection[Matrix], left: Mapping[str, Matrix]) -> None:
     """Raise `MoeCollabError` for a regex of recipe field `key` that is found in the names of none of `matrices`.
 
-    `left` are the matrices that `ignore` does not name: a regex that finds others only has no effect either.
+    `left` are the matrices that `ignore` does not name: a regex found only in ignored ones is an error too, because it
+    has no effect.
     """
     for pattern in patterns:
         matched = [matrix for matrix in matrices if matrix.found_by(pattern)]

@@ -1,4 +1,4 @@
-"""From costs to the cheapest decision whose checkpoint keeps a budget, its size known to the byte."""
+"""`Planner`: from measured costs to the cheapest decision whose checkpoint, sized to the byte, fits a budget."""
 
 from __future__ import annotations
 
@@ -22,30 +22,37 @@ from .request import AllocationRequest
 __all__ = ["Decision", "Planner"]
 
 _TRIES = 6
-"""Rounds of fitting items to a file whose header depends on what is chosen."""
+"""Attempts to fill the budget of a file, whose header's size is known only once the schemes are chosen."""
 _HALVINGS = 24
+"""Steps of the search for the smallest decision; each halves the range of bytes."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Schemes by matrix (of what stays) and experts that go, by layer; names and indices are those before."""
+    """How every matrix that stays is stored, and which experts are dropped.
+
+    Names and indices are those of the model before any expert is dropped.
+    """
 
     schemes: dict[str, Scheme]
+    """Matrix name -> scheme."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    """MoE layer name -> indices of the experts that are dropped."""
     cost: float = 0.0
-    """Sum of the costs."""
+    """Sum of the costs of all schemes and dropped experts, nats of KL per token."""
     bound: float = 0.0
-    """No decision within the budget has a smaller sum."""
+    """Lower bound: no decision within the budget has a smaller sum of costs."""
 
 
 Within = Callable[[int], tuple[Decision, Solution]]
-"""Bytes of items -> the cheapest decision that takes no more."""
+"""From a number of bytes to the cheapest decision whose items take no more, and the solver's solution behind it."""
 
 
 class Planner:
     """Finds the cheapest decisions for one model and one request.
 
-    Raises `MoeCollabError` if the request names something that is not there, or if its routers lack what pruning needs.
+    Raises `MoeCollabError` if the request names something that the model does not have, or if the model's routers lack
+    what the requested pruning needs.
     """
 
     def __init__(self, outline: ModelOutline, request: AllocationRequest) -> None:
@@ -85,10 +92,10 @@ class Planner:
         limit: float | None = None,
         solver: Callable[..., Solution] = solve,
     ) -> Decision:
-        """The cheapest decision within the request's budget; with `limit` instead the smallest that costs no more.
+        """The cheapest decision within the request's budget, or with `limit` the smallest one that costs at most that.
 
-        `drops` are costs of losing each expert; without them none goes. Raises `MoeCollabError` with the bytes needed
-        if the budget, or the limit, cannot be met. `solver` is called as `solve` is.
+        `drops` are the costs of losing each expert; without them no expert is dropped. `solver` takes the arguments of
+        `solve`. Raises `MoeCollabError` if the budget or the limit cannot be kept; it says what size or cost can be.
         """
         header = self.request.bpw is None
         choices = [self.table.choices(item, costs, drops, header) for item in self._items]
@@ -110,7 +117,11 @@ class Planner:
         return self._within_file(within, self._decision(choices, smallest), smallest.size, self.request.budget)
 
     def uniform(self, costs: CostTable) -> tuple[Scheme, Decision] | None:
-        """The cheapest decision within the budget that stores all routed experts alike but for `fixed`, if any fits."""
+        """The best uniform alternative: (scheme of all routed experts, decision), or None if none fits the budget.
+
+        Experts that `fixed` names keep to its bits. These and all matrices outside the routed experts get either their
+        smallest option each, or their largest.
+        """
         best = None
         alike = {name for name in self.experts if self.request.fixed_bits(self.matrices[name]) is None}
         rest = {name: self.table.options(name) for name in sorted(self.matrices.keys() - alike)}
@@ -125,17 +136,17 @@ class Planner:
         return best
 
     def others(self) -> list[str]:
-        """Names of the matrices outside the routed experts that will be rounded, or may be."""
+        """Names of the matrices outside the routed experts that have at least one quantized scheme on offer."""
         rest = sorted(self.matrices.keys() - self.experts)
         return [name for name in rest if any(scheme.is_packed for scheme in self.table.options(name))]
 
     def expert_bpw(self, schemes: Mapping[str, Scheme]) -> float:
-        """Stored bits per weight of the routed experts that there were."""
+        """Stored bits of the routed experts, per weight that they had before any of them was dropped."""
         stored = sum(self.layout.size(name, schemes[name], header=False) for name in self.experts & schemes.keys())
         return 8 * stored / max(1, self._expert_weights())
 
     def file_bytes(self, decision: Decision) -> int:
-        """Size of the checkpoint."""
+        """Bytes of the checkpoint that `decision` leads to, exactly."""
         return self.layout.file_bytes(decision.schemes, decision.dropped, self.request.pruning == "physical")
 
     def _expert_weights(self) -> int:

@@ -103,7 +103,7 @@ def lower_hulls(sizes: Ints, costs: Floats) -> Steps:
 
 
 def _walk(s: Floats, c: Floats) -> list[tuple[Ints, Ints, Ints, Floats]]:
-    """Gift wrapping, one vertex of every item a turn: (item, position before, position after, slope)."""
+    """Gift wrapping, in each turn one hull vertex of every item: (items, positions before, positions after, slopes)."""
     rows = np.arange(len(s))
     at = np.zeros(len(s), dtype=np.int64)
     steepest = np.full(len(s), np.inf)

@@ -1,6 +1,6 @@
 """`AllocationRequest`: everything that is asked of an allocation, as plain values.
 
-`MixedBitAllocModifier` fills it from a recipe's fields; whoever else wants a decision fills it from what he has.
+`MixedBitAllocModifier` fills it from the fields of a recipe; a caller without a recipe fills it directly.
 """
 
 from __future__ import annotations
@@ -21,42 +21,47 @@ SUPPORTED_BITS = (TERNARY, 2, 3, 4, 5, 6, 8, 16)
 IGNORED = ("lm_head",)
 FLOORS = (("lm_head$", 4), (".", 3))
 _ASYMMETRIC_BITS = 4
-"""Widths up to which zero points are worth their bytes."""
+"""Largest bit-width at which zero points are worth their bytes; `symmetric: auto` offers them up to here."""
 _FEWEST_ROWS = 16
-"""Rows of a matrix; vLLM wants smaller ones, such as the gate of a shared expert, unquantized."""
+"""Fewest rows of a matrix that scope `model` quantizes: vLLM wants matrices with fewer, such as the gate of a shared
+expert, unquantized."""
 
 Patterns = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class AllocationRequest:
-    """How large the result may be, what every matrix may be stored as, and which experts may go."""
+    """How large the checkpoint may become, how every matrix may be stored, and whether experts may be dropped."""
 
     budget: int | None = None
     """Bytes of all `*.safetensors` files together."""
     bpw: float | None = None
-    """Instead: mean bits per routed-expert weight, scales included."""
+    """Limit instead of `budget`: mean bits per routed-expert weight, scales included."""
     max_kl: float | None = None
-    """KL on held-out tokens that may not be exceeded, nats per token."""
+    """Largest KL that is allowed on held-out tokens, nats per token."""
     bits: tuple[int, ...] = (2, 3, 4, 8)
+    """Bit-widths on offer, out of `SUPPORTED_BITS`; 16 leaves a matrix unquantized."""
     group_sizes: tuple[int, ...] = (128,)
-    """Weights that share a scale; -1 = all of an output channel."""
+    """Group sizes on offer: so many weights of a row share a scale; -1 = the whole row, which is an output channel."""
     symmetric: bool | Literal["auto"] = "auto"
-    """Whether zero points are left out; `auto` offers both up to 4 bits."""
+    """Whether zero points are left out; `auto` offers weights with and without them up to 4 bits."""
     pruning: Literal["none", "physical", "masked"] = "none"
+    """Whether experts may be dropped, and in which of the two forms that `ExpertChoice` describes."""
     scope: Literal["experts", "model"] = "experts"
+    """What may be quantized besides the matrices that `fixed` names: the routed experts, or every Linear."""
     fixed: Patterns = ()
-    """(regex of module names, bits) for any Linear; the first that is found counts."""
+    """(regex of module names, bits) for any Linear; of several that match, the first counts."""
     floors: Patterns = FLOORS
-    """(regex of module names, fewest bits) for Linears other than routed experts; the first that is found counts."""
+    """(regex of module names, fewest bits) for Linears other than routed experts; of several that match, the first
+    counts."""
     granularity: Literal["projection", "layer"] = "projection"
-    """What shares a scheme: gate and up of an expert, its down apart; or all experts of a layer."""
+    """Which matrices share a scheme: gate and up of one expert, and its down alone; or all experts of a layer."""
     ignore: tuple[str, ...] = IGNORED
     """Modules that keep their precision: names, or regexes that begin with `re:`."""
     strict: bool = True
-    """Whether a pattern that matches nothing is an error; in the defaults it never is."""
+    """Whether a pattern that matches nothing is an error; for the default patterns it never is."""
     origin: str = "MixedBitAllocModifier"
-    """What errors call the place that the request comes from."""
+    """Where the request comes from; error messages put it before the name of a field."""
 
     @property
     def has_budget(self) -> bool:
@@ -64,11 +69,11 @@ class AllocationRequest:
         return self.budget is not None or self.bpw is not None
 
     def key(self, field: str) -> str:
-        """A field as errors name it."""
+        """What error messages call a field, such as `MixedBitAllocModifier.budget`."""
         return f"{self.origin}.{field}"
 
     def schemes(self, bits: tuple[int, ...] | None = None) -> list[Scheme]:
-        """All that routed experts can be stored as, or what `bits` can be had as."""
+        """All schemes on offer for routed experts; with `bits`, all schemes of those bit-widths instead."""
         bits = self.bits if bits is None else bits
         packed = [
             Scheme(width, size, symmetric)
@@ -86,11 +91,11 @@ class AllocationRequest:
         return (self.symmetric,)
 
     def fixed_bits(self, matrix: Matrix) -> int | None:
-        """What `fixed` says of a matrix."""
+        """The bits that `fixed` prescribes for a matrix; None if it does not name it."""
         return _first(self.fixed, matrix)
 
     def options(self, matrix: Matrix) -> list[Scheme]:
-        """What a matrix can be stored as. Raises `MoeCollabError` if no group size divides its inputs."""
+        """The schemes that a matrix may get. Raises `MoeCollabError` if no group size divides its number of columns."""
         fixed = self.fixed_bits(matrix)
         if fixed == 16:
             return [DENSE]
@@ -105,9 +110,10 @@ class AllocationRequest:
         return [s for s in fitting if fixed is not None or s.num_bits >= floor] or [DENSE]
 
     def targets(self, outline: ModelOutline) -> dict[str, Matrix]:
-        """Every matrix that may lose bits, by name: routed experts, what `fixed` names, with scope `model` all others.
+        """Every matrix that may be quantized, by name.
 
-        Raises `MoeCollabError` for a pattern that matches nothing.
+        These are the matrices of routed experts, those that `fixed` names, and with scope `model` all others, each
+        unless `ignore` names it. Raises `MoeCollabError` for a pattern that matches nothing, if `strict`.
         """
         left = {name: m for name, m in outline.matrices.items() if not any(is_named(e, m.names) for e in self.ignore)}
         if self.strict:
@@ -131,7 +137,7 @@ class AllocationRequest:
 
 
 def _first(patterns: Patterns, matrix: Matrix) -> int | None:
-    """Value of the first pattern that is found in a name of `matrix`."""
+    """Value of the first pattern that is found in a name of `matrix`; None if none is."""
     return next((value for pattern, value in patterns if matrix.found_by(pattern)), None)
 
 

@@ -1,4 +1,4 @@
-"""What calibration tokens tell of a model's matrices: whom they reach, what errors there cost, how to round them."""
+"""What calibration tokens tell of a model's matrices: which they reach, what errors there cost, how to round them."""
 
 from .experts import ExpertWeights
 from .live import float32_weights, held_out, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights

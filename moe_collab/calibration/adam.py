@@ -1,4 +1,4 @@
-"""Adam over batches in random order, with a warm-up and a cosine."""
+"""Adam over batches in random order, with a warm-up and a cosine decay of the learning rate."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ __all__ = ["adam_steps"]
 T = TypeVar("T")
 
 _ROWS = 16
-"""Sequences to a step."""
+"""Sequences whose gradients make one step; a last batch may bring more."""
 _WARM_UP = 10
+"""Steps until the learning rate is at its full height."""
 
 
 def adam_steps(
@@ -27,7 +28,7 @@ def adam_steps(
 ) -> Iterator[None]:
     """Steps of Adam on `groups` of parameters, each with its learning rate; yields after every step.
 
-    `loss` gives (the sum of a batch's loss over its rows, rows).
+    `loss` returns, for one batch of `data`, (the sum of the loss over its rows, number of rows).
     """
     parameters = [parameter for group, _ in groups for parameter in group]
     optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups])
@@ -50,7 +51,7 @@ def adam_steps(
 
 
 def _pace(step: int, steps: int) -> float:
-    """Warm-up, then half a cosine down to a fiftieth."""
+    """Factor of the learning rate at `step`: a warm-up, times half a cosine down to a fiftieth."""
     return min(1.0, (step + 1) / _WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 

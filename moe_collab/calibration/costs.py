@@ -1,4 +1,4 @@
-"""What rounding each matrix costs, and what losing each expert does: the numbers that allocation weighs."""
+"""Measures what rounding each matrix costs, and what losing each expert costs: the numbers that allocation weighs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _PROJECTIONS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 def rounding_costs(
     model: Any, moe: MoEModel, others: Mapping[str, nn.Linear], batches: Batches, options: Options, rounder: Rounder
 ) -> CostTable:
-    """Costs of rounding each expert's halves and `others`, by `rounder`, at each of `options` for the matrix.
+    """Costs of rounding the experts' matrices and the Linears `others` by `rounder`, at each scheme of `options`.
 
-    Gate and up are one fused matrix: they share its cost equally.
+    Gate and up are one fused matrix, so each of them gets half of its cost.
     """
     table = CostTable()
     with float32_weights(model):
@@ -47,7 +47,7 @@ def rounding_costs(
 
 
 def _add_layer(table: CostTable, study: LayerStudy, options: Options, rounder: Rounder) -> None:
-    """Costs of one layer's experts: one scheme at a time, for a layer's experts are large."""
+    """Add the costs of one layer's experts; one scheme at a time, because a layer's experts take much memory."""
     moments, container = study.moments(), study.layer.experts_name
     for half in HALVES:
         projections = _PROJECTIONS[half]
@@ -63,7 +63,8 @@ def _add_layer(table: CostTable, study: LayerStudy, options: Options, rounder: R
 def dropping_costs(
     model: Any, moe: MoEModel, batches: Batches, dropped: Mapping[str, Collection[int]]
 ) -> dict[str, list[float]]:
-    """Layer name -> cost of losing each expert besides those `dropped`; of these, what bringing one back would save."""
+    """Layer name -> cost of losing each expert while those of `dropped` are gone; for these, what bringing them back
+    one at a time would save."""
     with float32_weights(model):
         return {
             layer.name: LayerStudy(layer, samples).drop_costs(sorted(dropped.get(layer.name, ()))).tolist()

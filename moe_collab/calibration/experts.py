@@ -39,7 +39,7 @@ class ExpertWeights:
         )
 
     def inner(self, hidden: torch.Tensor, gate_up: torch.Tensor | None = None) -> torch.Tensor:
-        """What down_proj sees [tokens, I] of `hidden` [tokens, H], perhaps with another gate_up."""
+        """The input of down_proj [tokens, I] for `hidden` [tokens, H], with another gate_up [2I, H] if one is given."""
         return self.activation(linear(hidden, self.gate_up if gate_up is None else gate_up, self.gate_up_bias))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Small tensors learn to fit a compressed model, end to end or block by block, judged by held-out tokens."""
+"""Training of a compressed model's small tensors, end to end or block by block, judged on held-out tokens."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ __all__ = ["BlockOutputs", "Learned", "learn_blocks", "learn_predictions"]
 T = TypeVar("T")
 
 _RATES = (0.3, 1.0, 3.0)
+"""Learning rates that are tried, as multiples of each tensor's `pace`."""
 _TRIAL_SHARE = 4
 """A rate is tried for a quarter of the steps."""
 _JUDGEMENTS = 10
+"""How often held-out tokens judge, evenly over the steps."""
 _PATIENCE = 3
-"""Judgements without a gain before learning stops."""
+"""Judgements in a row without a gain after which learning stops."""
 
 
 class Learned(NamedTuple):
-    """Loss on held-out tokens before and after, the learning rate that was best, and its steps, 0 for no gain."""
+    """Loss on held-out tokens before and after, and the best learning rate and step, both 0 if there was no gain."""
 
     before: float
     after: float
@@ -44,9 +46,9 @@ class Learned(NamedTuple):
 
 @torch.no_grad()
 def learn_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Lessons, steps: int) -> Learned:
-    """Minimize KL(lessons || model), nats per token, by `tensors`; held-out lessons choose the best.
+    """Train `tensors` to minimize KL(lessons || model), nats per token; they end as held-out lessons judge them best.
 
-    The model has to fit in memory, its activations of 16 sequences included.
+    The model has to fit in memory together with its activations for 16 sequences.
     """
     with float32_weights(model), frozen(model), in_place(tensors):
         judge = partial(kl_of, model, lessons.head, lessons.unseen)
@@ -60,7 +62,10 @@ def _learn(
     judge: Callable[[], float],
     steps: int,
 ) -> Learned:
-    """Try each learning rate, go on with the best, stop early; `tensors` end at their best, the start included."""
+    """Try each learning rate for some steps, then train with the best one from the start again.
+
+    Training stops early when `judge` sees no gain. `tensors` end with the best values seen, which may be the first.
+    """
     parameters = [tensor.learned for tensor in tensors]
     start = [parameter.detach().clone() for parameter in parameters]
     best, before = start, judge()
@@ -103,7 +108,7 @@ def _blocks(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
 
 
 class BlockOutputs:
-    """What the original model's blocks put out for batches to learn from and to judge by, kept in `folder`."""
+    """The outputs of the original model's blocks, for batches to learn from and batches to judge by, in `folder`."""
 
     def __init__(
         self, model: Any, moe: MoEModel, known: Sequence[Batch], unseen: Sequence[Batch], folder: Path
@@ -126,23 +131,27 @@ class BlockOutputs:
 
 
 class _Example(NamedTuple):
-    """A batch at a block: its input, how it is called, what the original put out, and whose tokens count."""
+    """One batch at one block."""
 
     hidden: torch.Tensor
+    """Input of the block."""
     call: Callable[[torch.Tensor], torch.Tensor]
+    """The block as the model calls it for this batch."""
     target: torch.Tensor
+    """Output of the original block."""
     valid: torch.Tensor
+    """Which tokens are no padding, bool [rows, length]."""
 
 
 @torch.no_grad()
 def learn_blocks(
     model: Any, moe: MoEModel, tensors: Mapping[str, SmallTensor], originals: BlockOutputs, steps: int
 ) -> dict[str, Learned]:
-    """Block by block, bring outputs closer to those of the original's: mean of ||error||^2 / ||output||^2 per token.
+    """Train `tensors` (by module name) block by block, to bring each block's output closer to the original block's.
 
-    `tensors` by module name; those in no block stay. A block sees what the blocks before it put out once they have
-    learned, so it makes up for their errors too. One block at a time is in memory in float32, or at all if the model is
-    offloaded.
+    The loss is the mean over tokens of ||error||^2 / ||output||^2. Tensors outside the blocks do not learn. A block's
+    input is what the blocks before it put out after they have learned, so it makes up for their errors too. Only one
+    block at a time is in float32; of an offloaded model, only one is in memory. Returns block name -> what it learned.
     """
     calls = _calls(model, moe, originals.batches)
     hidden, valid = calls.hidden, [_valid(batch) for batch in originals.batches]
@@ -160,20 +169,20 @@ def learn_blocks(
 
 
 class _Calls(NamedTuple):
-    """The input of the first block for each batch, and what else each block, by name, is called with."""
+    """The first block's input for each batch, and all other arguments, by block name, that a block is called with."""
 
     hidden: list[torch.Tensor]
     others: dict[str, list[tuple[tuple, dict[str, Any]]]]
 
     def of(self, name: str, block: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """`block` as the model calls it for each batch, in the type that its weights have now."""
+        """For each batch a function that calls `block` as the model does, in the type that its weights have now."""
         dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
         return [partial(_call, block, dtype, *_typed(others, dtype)) for others in self.others[name]]
 
 
 @torch.no_grad()
 def _calls(model: Any, moe: MoEModel, batches: Sequence[Batch]) -> _Calls:
-    """Found without computing any block, so that those on disk stay there."""
+    """Record how the model calls its blocks; none of them is computed, so that those on disk stay there."""
     blocks = _blocks(model, moe)
     calls = _Calls([], {name: [] for name in blocks})
 
@@ -210,7 +219,7 @@ def _call(
 
 @contextmanager
 def _at_hand(block: nn.Module) -> Iterator[None]:
-    """Within: the block is in memory, in float32 if it fits, and its own parameters need no gradient."""
+    """Have the model's `block` in memory, in float32 if that fits, and let its own parameters take no gradients."""
     with disable_offloading(), float32_weights(block), frozen(block):
         yield
 

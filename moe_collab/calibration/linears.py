@@ -20,7 +20,7 @@ from .samples import backward, frozen
 __all__ = ["LinearSamples", "capture_linears"]
 
 _TOKENS = 8192
-"""Kept per Linear, evenly from all batches."""
+"""Most tokens that are kept for each Linear, evenly taken from all batches."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LinearSamples:
     """float32 [tokens, rows]."""
 
     def rounded(self, rounder: Rounder, scheme: Scheme) -> Grid:
-        """The weight on the grid of `scheme`, a batch of one."""
+        """The weight rounded to `scheme`, as a grid that is a batch of one."""
         return rounder(self.weight[None], second_moments(self.inputs, self.gradient)[None], scheme)
 
     def costs(self, rounder: Rounder, schemes: Sequence[Scheme]) -> list[float]:
@@ -62,7 +62,7 @@ def capture_linears(
             limit = max(1, _TOKENS // len(batches))
             seen: dict[str, list[torch.Tensor]] = {}
             head: dict[str, torch.Tensor] = {}
-            # During calibration llm-compressor replaces the forward of lm_head: what it sees is handed over apart.
+            # During calibration llm-compressor replaces the forward of lm_head, so `backward` hands over what it sees.
             handles = [
                 module.register_forward_hook(partial(_see, seen, name))
                 for name, module in linears.items()
@@ -86,7 +86,7 @@ def capture_linears(
 
 
 def _see(seen: dict[str, list[torch.Tensor]], name: str, _module: nn.Module, args: tuple, output: Any) -> torch.Tensor:
-    # A copy: what follows may change it in place.
+    # A copy, because the modules that follow may change the output in place.
     result = output.clone()
     result.retain_grad()
     seen[name] = [args[0].detach(), result]

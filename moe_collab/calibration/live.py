@@ -1,4 +1,4 @@
-"""A live model under trial: in float32, with other weights, with experts out of the router's reach, and back."""
+"""Changes to a live model on trial, undone afterwards (float32, other weights, masked experts), and its predictions."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 @contextmanager
 def float32_weights(model: nn.Module) -> Iterator[None]:
-    """Compute in float32 within the block, whatever the weights' type; afterwards they are as they were.
+    """Hold the model's weights in float32 within the block; afterwards their own type and values are back.
 
-    CPUs without bfloat16 units are several times faster so, and small differences in KL are not rounded away. Where it
-    would take more than half of the available memory, the model computes in its own type.
+    CPUs without bfloat16 units compute several times faster in float32, and small differences in KL are not rounded
+    away. Where the copies would take more than half of the available memory, the model computes in its own type.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     narrow = {id(t): (t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)}
@@ -94,9 +94,10 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
-    """The router's forward, returning what the router returns, as it is once only `kept` experts are there.
+    """A forward for the layer's router that chooses only among `kept` experts [num_experts, bool].
 
-    With a selection bias the others get one nobody chooses; else a logit of minus infinity, as if they had no rows.
+    It returns what the router's own forward returns. The other experts get a selection bias with which they are never
+    chosen, or, in routers without one, a logit of minus infinity, as if the router had no rows for them.
     """
     router: Any = layer.router
     holder: Any = layer.bias_holder
@@ -117,7 +118,10 @@ def _without(forward: Any, router: nn.Module, gone: torch.Tensor, *args: Any) ->
 
 
 class _LogitsWithout(TorchFunctionMode):
-    """Within a router, whose one matrix product gives the logits [..., experts]: those of `gone` become -inf."""
+    """Sets the logits of the experts `gone` to minus infinity while a router's forward runs.
+
+    The logits [..., experts] are the result of the one matrix product that a router computes.
+    """
 
     def __init__(self, gone: torch.Tensor) -> None:
         super().__init__()
@@ -129,9 +133,10 @@ class _LogitsWithout(TorchFunctionMode):
 
 
 def held_out(batches: Sequence[T]) -> tuple[list[T], list[T]]:
-    """(what to learn from, what to judge by): every eighth is held out, or the last of fewer, for text comes sorted.
+    """(batches to learn from, batches to judge by).
 
-    A single batch has to do for both.
+    Every eighth batch, or the last of fewer than eight, is held out to judge by. These are spread over the whole set,
+    because calibration text comes sorted, say by source. A single batch serves for both.
     """
     step = min(8, len(batches))
     rest = [batch for position, batch in enumerate(batches) if position % step != step - 1]
@@ -139,7 +144,7 @@ def held_out(batches: Sequence[T]) -> tuple[list[T], list[T]]:
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """What a causal language model needs of one batch of oneshot()'s data."""
+    """The `input_ids` and `attention_mask` (if any) of one batch of oneshot()'s data, as tensors on `device`."""
     names = ("input_ids", "attention_mask")
     return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
 
@@ -153,8 +158,8 @@ def decoder_of(model: Any) -> Any:
 def predict(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(input of lm_head, logits) of every position but the last, [rows, length - 1, ...].
 
-    During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here; what the model
-    divides its output by divides the input.
+    During calibration llm-compressor replaces the forward of lm_head, so its matrix is applied here. If the model
+    divides its logits by a constant, the input of lm_head is divided by it instead.
     """
     hidden = decoder_of(model)(**batch, use_cache=False).last_hidden_state[:, :-1] / logits_scaling(model.config)
     head = model.get_output_embeddings()
@@ -167,13 +172,13 @@ def log_probabilities(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
 
 
 def predicted(batch: Mapping[str, torch.Tensor]) -> Any:
-    """What picks, of all positions but the last [rows, length - 1], those followed by a token that is no padding."""
+    """An index that picks, of all positions but the last [rows, length - 1], those whose next token is no padding."""
     return batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
 
 
 @torch.no_grad()
 def mean_kl(model: Any, batches: Iterable[Mapping[str, torch.Tensor]], base: Iterable[torch.Tensor]) -> float:
-    """KL(base || model) in nats per token, `base` being the log-probabilities of each batch."""
+    """KL(base || model) in nats per token; `base` holds the log-probabilities to compare with, for each batch."""
     total, count = 0.0, 0
     for batch, reference in zip(batches, base, strict=True):
         found = log_probabilities(model, batch)

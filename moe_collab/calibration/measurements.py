@@ -1,4 +1,4 @@
-"""What a live model's calibration tokens say to `allocation.decide`: its `Measurements` for a model at hand."""
+"""`LiveMeasurements`: the numbers that `allocation.decide` asks for, measured on a live model's calibration tokens."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
 class LiveMeasurements:
-    """Answers for `planner`'s model from calibration `batches`; of these every eighth is kept to judge by.
+    """Measures costs and KL on a live `model` with calibration `batches`, of which every eighth is held out for the KL.
 
-    `model_fingerprint` names the model in `costs_file`, which is read if it is there and else written.
+    Costs are read from `costs_file` if it exists, and otherwise measured and written to it; `model_fingerprint` says in
+    that file which model they belong to.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class LiveMeasurements:
         self._trial: Trial | None = None
 
     def costs(self) -> CostTable:
-        """As `Measurements.costs`, from the file if there is one."""
+        """As `Measurements.costs`, read from the costs file if it exists."""
         file, planner = self._costs_file, self._planner
         others = {name: self._model.get_submodule(name) for name in planner.others()}
         key = description_digest(
@@ -83,7 +84,7 @@ class LiveMeasurements:
 
 
 def packed_options(planner: Planner) -> Callable[[str], list[Scheme]]:
-    """Matrix name -> the schemes on offer that round it; leaving it as it is costs nothing."""
+    """A function from a matrix's name to the schemes on offer that round it; not rounding it has no cost to measure."""
     return lambda name: [s for s in planner.table.options(name) if s.is_packed] if name in planner.matrices else []
 
 

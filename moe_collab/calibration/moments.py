@@ -11,11 +11,12 @@ ROW_BLOCKS = 4
 
 
 def second_moments(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Of `inputs` [tokens, columns], weighted by `gradients` [tokens, rows] squared: [row blocks, columns, columns].
+    """Second moments [row blocks, columns, columns] of `inputs` [tokens, columns].
 
-    Scaled to a mean diagonal of 1, drawn to the unweighted moment the more the fewer tokens they rest on (as n
-    tokens of unequal weight count Kish's (sum w)^2 / sum w^2), with a trace of the identity: experts that hardly any
-    token reaches are rounded to nearest rather than to zero.
+    Tokens are weighted by the square of their `gradients` [tokens, rows]. The moments are scaled to a mean diagonal of
+    1 and mixed with the unweighted moment, the more so the fewer tokens they rest on (tokens of unequal weights w count
+    as Kish's effective number, (sum w)^2 / sum w^2). A millionth of the identity is added, so that experts that hardly
+    any token reaches are rounded to nearest rather than to zero.
     """
     columns, rows = inputs.shape[1], gradients.shape[1]
     blocks = ROW_BLOCKS if rows % ROW_BLOCKS == 0 else 1

@@ -29,7 +29,8 @@ def round_model(
 ) -> dict[str, Grid]:
     """Module name -> grid (a batch of one), for every module of `schemes` that is packed; the model stays as it is.
 
-    Experts are rounded with feedback inside each, by the tokens the router sends to them.
+    Every expert is rounded by the tokens that the router sends to it, and its down_proj makes up for its rounded gate
+    and up.
     """
     experts = {name for layer in moe.layers for name, *_ in layer.projections()}
     others = {name: scheme for name, scheme in schemes.items() if scheme.is_packed and name not in experts}
@@ -47,7 +48,7 @@ def round_model(
 
 
 def _pairs(layer: MoELayer, schemes: Mapping[str, Scheme]) -> dict[int, tuple[Scheme, Scheme]]:
-    """Expert -> schemes of its (gate and up, down), where any is packed."""
+    """Expert -> (scheme of gate and up, scheme of down), for experts of which at least one of these rounds."""
     pairs = {}
     for index in layer.live_experts:
         gate, up, down = (schemes.get(f"{layer.experts_name}.{index}.{p}", DENSE) for p in PROJECTIONS)
@@ -81,7 +82,10 @@ def kept_masks(moe: MoEModel, dropped: Mapping[str, Collection[int]]) -> dict[st
 
 
 class Trial:
-    """Rounds as it would be rounded and measures KL on held-out tokens; what two trials share is rounded once."""
+    """Rounds a model on trial, as it would be rounded in earnest, and measures its KL on held-out tokens.
+
+    A matrix whose rounding is the same in two trials is rounded once.
+    """
 
     def __init__(self, model: Any, moe: MoEModel, rounder: Rounder, batches: Batches, heldout: Batches) -> None:
         self._model, self._moe, self._rounder = model, moe, rounder
@@ -109,7 +113,7 @@ class Trial:
                 return mean_kl(self._model, self._heldout, self._base)
 
     def _state(self, name: str, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> object:
-        """All that the rounding of a module depends on: its expert's schemes, and who else is there to be chosen."""
+        """All that the rounding of a module depends on: its expert's schemes, and which experts have been dropped."""
         expert = name.rpartition(".")[0]
         parts = [schemes.get(f"{expert}.{projection}") for projection in PROJECTIONS]
         gone = sorted((layer, tuple(sorted(members))) for layer, members in dropped.items() if members)

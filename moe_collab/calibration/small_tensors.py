@@ -1,4 +1,4 @@
-"""The small tensors of a model that learn while its matrices stay: routers, norms, gains of experts, scales."""
+"""The small tensors of a model that learn while its matrices stay fixed: routers, norms, gains of experts, scales."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ __all__ = ["Factors", "SmallTensor", "Whole", "as_stored", "in_place"]
 
 
 class SmallTensor(Protocol):
-    """Something to learn about the weight of a module; `learned` moves by `pace` in an early step of rate 1."""
+    """A parameter that learns, and through which the weight of a module changes."""
 
     module: nn.Module
     learned: nn.Parameter
+    """The parameter."""
     pace: float
+    """Its learning rate when the common rate is 1: about how far each of its values moves in an early step of Adam."""
 
     def weight(self) -> torch.Tensor:
-        """The module's weight as it has become, differentiable."""
+        """The module's weight that follows from `learned`, differentiable."""
         ...
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The module's tensors as they are to be stored, rounded; by name."""
+        """The module's changed tensors by name, rounded as they will be stored."""
         ...
 
 
 def _original(module: nn.Module) -> torch.Tensor:
-    """The weight itself, though another may stand in its place; onloaded if it is offloaded."""
+    """The module's own weight, even while `in_place` puts another before it; onloaded if it is offloaded."""
     weight = module._parameters["weight"]
     assert weight is not None
     return weight.detach()
@@ -42,7 +44,7 @@ class Whole:
     def __init__(self, module: nn.Module, pace: float) -> None:
         self.module, self._dtype = module, _original(module).dtype
         self.learned = nn.Parameter(_original(module).float().clone())
-        # Some norms store what they add to one, which may be nothing at all.
+        # Some norms multiply by 1 + weight, so that all their weights may be zero.
         self.pace = pace * max(float(self.learned.detach().square().mean().sqrt()), 0.1)
 
     def weight(self) -> torch.Tensor:
@@ -73,14 +75,14 @@ class Factors:
 
 @contextmanager
 def in_place(tensors: Iterable[SmallTensor]) -> Iterator[None]:
-    """Let the modules compute with what the tensors have become; their parameters stay as they were."""
+    """Let the modules compute with the tensors' `weight()` within the block; their own parameters stay unchanged."""
     with _weights({tensor.module: tensor.weight for tensor in tensors}):
         yield
 
 
 @contextmanager
 def as_stored(tensors: Iterable[SmallTensor]) -> Iterator[None]:
-    """As `in_place`, with the weights as they are to be stored."""
+    """As `in_place`, but with the weights rounded as they will be stored."""
     with _weights({tensor.module: partial(_stored_weight, tensor) for tensor in tensors}):
         yield
 
@@ -100,7 +102,7 @@ def _weights(weights: dict[nn.Module, Callable[[], torch.Tensor]]) -> Iterator[N
 
 def _shadow(weight: Callable[[], torch.Tensor]) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, _args: Any) -> None:
-        # An instance attribute goes before the parameter of the same name, which it leaves alone.
+        # Python finds an instance attribute before the parameter of the same name, which stays unchanged.
         module.__dict__["weight"] = weight().to(_original(module).dtype)
 
     return hook

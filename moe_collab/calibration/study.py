@@ -1,4 +1,4 @@
-"""One layer at hand: second moments for rounding, and what each rounding or loss of an expert does to the predictions.
+"""`LayerStudy`: one layer's second moments for rounding, and what rounding or losing each of its experts costs.
 
 Costs are in nats of KL per token, to second order in the error (see `samples`).
 """
@@ -23,15 +23,15 @@ from .samples import LayerSamples
 __all__ = ["HALVES", "ExpertGrids", "LayerStudy"]
 
 HALVES = ("gate_up", "down")
-"""What shares a scheme: an expert's gate_proj and up_proj, one fused matrix; its down_proj."""
+"""An expert's two halves, which get a scheme each: gate_proj and up_proj as one fused matrix, and down_proj."""
 
 COST_TOKENS = 2048
-"""Routed tokens per expert that stand for all in a cost."""
+"""Most routed tokens of an expert from which a cost is computed; they stand for all."""
 
 
 @dataclass
 class ExpertGrids:
-    """A rounded expert; None where it stays as it was."""
+    """The grids of a rounded expert's halves; None for a half that is not rounded."""
 
     gate_up: Grid | None
     down: Grid | None
@@ -39,12 +39,16 @@ class ExpertGrids:
 
 @dataclass(frozen=True)
 class _Traffic:
-    """The tokens routed to one expert, with the gradients of the loss by the outputs of both halves."""
+    """The tokens routed to one expert: inputs of both its halves, and gradients of the loss by the halves' outputs."""
 
     hidden: torch.Tensor
+    """Inputs of gate_up, [tokens, H]."""
     inner: torch.Tensor
+    """Inputs of down, [tokens, I]."""
     gate_up_gradient: torch.Tensor
+    """[tokens, 2I]."""
     down_gradient: torch.Tensor
+    """[tokens, H]."""
 
 
 class LayerStudy:
@@ -56,7 +60,7 @@ class LayerStudy:
         self.counts = samples.counts(layer.num_experts)
 
     def traffic(self, expert: int, limit: int | None = None) -> _Traffic:
-        """What `expert` saw, thinned to at most `limit` tokens."""
+        """The tokens routed to `expert`, evenly thinned to at most `limit`."""
         tokens, weights = self.samples.routed(expert, limit)
         hidden = self.samples.hidden[tokens]
         gradient = self.samples.gradient[tokens] * weights[:, None]
@@ -64,7 +68,7 @@ class LayerStudy:
         return _Traffic(hidden, own.inner(hidden), own.gate_up_gradient(hidden, gradient), gradient)
 
     def weights(self, half: str) -> torch.Tensor:
-        """The matrices of all experts, [experts, rows, columns]; zeros where one is gone."""
+        """The matrices of a half, of all experts, [experts, rows, columns]; zeros for an expert that is gone."""
         gone = torch.zeros_like(getattr(next(iter(self.experts.values())), half))
         own = (self.experts.get(index) for index in range(self.layer.num_experts))
         return torch.stack([gone if expert is None else getattr(expert, half) for expert in own])
@@ -102,10 +106,10 @@ class LayerStudy:
 
     @torch.no_grad()
     def drop_costs(self, dropped: Sequence[int] = ()) -> torch.Tensor:
-        """KL per token of losing each expert, [experts], the router choosing among the rest.
+        """KL per token of losing each expert, [experts], if the router then chooses among the rest.
 
-        For an expert of `dropped` it is what bringing it back would save; for another, what losing it besides them
-        would add: such costs do not add up, so they are estimated anew after each round of dropping.
+        For an expert of `dropped` it is what bringing it back would save; for any other, what losing it besides them
+        would add. Such costs do not add up, so they are estimated anew after each round of dropping.
         """
         everyone = range(self.layer.num_experts)
         kept = torch.tensor([index not in dropped for index in everyone])
@@ -117,26 +121,29 @@ class LayerStudy:
             other[index] = not kept[index]
             if bool(other.any()):
                 then = self._routing(other)
-                # Dropping an expert may move tokens that never chose it: it counts in its group's score.
+                # Dropping an expert may move even tokens that never chose it, because it counts in its group's score.
                 moved = torch.where(~torch.isclose(now, then, rtol=1e-4, atol=1e-6).all(-1))[0]
                 change = float((self._losses(then, moved) - losses[moved]).sum()) / self.samples.num_tokens
                 costs[index] = change if kept[index] else -change
         return costs.clamp_min(0)
 
     def _routing(self, kept: torch.Tensor) -> torch.Tensor:
-        """The router's weights with only `kept` to choose from, [tokens, experts], 0 where not chosen."""
+        """The router's weights when it chooses only among `kept`, [tokens, experts]; 0 for experts not chosen."""
         hidden = self.samples.hidden.to(self.layer.router.weight.dtype)  # type: ignore[arg-type]
         weights, indices = self.layer.routing(masked_router(self.layer, kept)(hidden))
         return torch.zeros(self.samples.num_tokens, len(kept)).scatter_(1, indices, weights.float())
 
     def _losses(self, routing: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """(g . change)^2 / 2 of each of `tokens` under `routing` [tokens, experts], float64 [len(tokens)]."""
+        """KL that `routing` [all tokens, experts] causes at each of `tokens`, float64 [len(tokens)].
+
+        It is (g . d)^2 / 2, with d the change of the layer's output and g the gradient there (see `samples`).
+        """
         before = torch.zeros_like(routing).scatter_(1, self.samples.indices, self.samples.weights)
         change = self._output(tokens, routing[tokens] - before[tokens])
         return (change * self.samples.gradient[tokens]).sum(-1).double().square() / 2
 
     def _output(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Sum of the experts' outputs by `weights` [tokens, experts]."""
+        """Sum of the experts' outputs for `tokens`, weighted by `weights` [tokens, experts]: [tokens, H]."""
         hidden = self.samples.hidden[tokens]
         output = torch.zeros_like(hidden)
         for index, expert in self.experts.items():
@@ -146,10 +153,10 @@ class LayerStudy:
 
     @torch.no_grad()
     def refit_down(self, index: int, gate_up: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down_proj, its second moments) that make up best for the expert's rounded gate and up.
+        """(a down_proj that makes up best for the expert's rounded gate and up, second moments of its new inputs).
 
-        Least squares from what down_proj will see to what it should have put out, weighted like the moments; drawn to
-        the original by 3 % of the mean diagonal.
+        Least squares from the inputs that down_proj will get to the outputs that it had before, with tokens weighted as
+        in the moments, and regularized towards the original down_proj by 3 % of the mean diagonal.
         """
         own, seen = self.experts[index], self.traffic(index)
         inner = own.inner(seen.hidden, gate_up.values()[0])
@@ -165,9 +172,10 @@ class LayerStudy:
         moments: dict[str, torch.Tensor],
         schemes: Mapping[int, tuple[Scheme, Scheme]],
     ) -> dict[int, ExpertGrids]:
-        """Expert -> its grids, for (gate_up, down) schemes per expert; an expert that is gone has none.
+        """Expert -> its grids, given the schemes of its halves (gate_up, down); an expert that is gone has none.
 
-        Experts of one scheme are rounded together. down_proj makes up for its expert's rounded gate and up.
+        Experts of one scheme are rounded together. Before down_proj is rounded, it is refitted to make up for its
+        expert's rounded gate and up, if enough tokens reached the expert.
         """
         found = {index: ExpertGrids(None, None) for index, pair in schemes.items() if pair[0].num_bits != 0}
         gate_up = self.weights("gate_up")
@@ -187,6 +195,7 @@ class LayerStudy:
 
 
 def _alike(schemes: Mapping[int, tuple[Scheme, Scheme]], half: int) -> dict[Scheme, list[int]]:
+    """Scheme -> the experts whose half (0: gate_up, 1: down) is to be rounded to it."""
     members: dict[Scheme, list[int]] = {}
     for index, pair in schemes.items():
         if pair[half].is_packed:

@@ -1,4 +1,4 @@
-"""What the original model says, kept to learn from after the model has changed."""
+"""What the original model predicts, kept so that the model can learn from it after it has been changed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of
 Batch = Mapping[str, torch.Tensor]
 
 _BYTES = 2 << 30
-"""Of lessons."""
+"""About how much memory a list of lessons may take."""
 _TOGETHER = 1 << 15
-"""Tokens written at a time: their keys and values are kept."""
+"""Tokens of the texts that are written at one time; the keys and values of all of them are in memory."""
 _TEXTS = 6
-"""Texts written for each sequence of the calibration set."""
+"""Most texts that are written for each sequence of the calibration set."""
 _PROMPT = 8
-"""A text begins with an eighth of its sequence."""
+"""A text begins with the first eighth of a calibration sequence."""
 
 
 class Head(NamedTuple):
@@ -39,25 +39,29 @@ class Head(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """A batch, and what the original model hands its lm_head of every position but the last, [rows, length - 1, H]."""
+    """A batch, and the original model's inputs of lm_head at all positions but the last, [rows, length - 1, H]."""
 
     batch: Batch
     inputs: torch.Tensor
 
 
 class Lessons(NamedTuple):
-    """What to learn from, what to judge by, and what turns either into predictions."""
+    """What the original model predicts for the calibration tokens and for held-out ones."""
 
     known: list[Lesson]
+    """To learn from."""
     unseen: list[Lesson]
+    """Held out, to judge by."""
     head: Head
+    """Turns the inputs of lessons into predictions."""
 
 
 def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
-    """What `model` predicts; ask before its weights change. Of `batches` every eighth is held out to judge by.
+    """Record what `model` predicts, before its weights change. Of `batches` every eighth is held out to judge by.
 
-    Calibration text is scarce, and learned by heart: besides the other batches there are texts that `model` itself goes
-    on to write from where they begin, as many as fit in 2 GiB of lessons. Raises `MoeCollabError` for a single batch.
+    Calibration text is scarce, so that a model soon knows it by heart. Therefore the other batches are joined by texts
+    that `model` itself writes, each a continuation of the beginning of a sequence, as many as fit in 2 GiB of lessons.
+    Raises `MoeCollabError` for a single batch.
     """
     if len(batches) < 2:
         raise MoeCollabError("tuning needs two batches of calibration data, one of them to judge the other.")
@@ -69,14 +73,17 @@ def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
 
 
 def texts(model: Any, batches: Sequence[Batch], most: int = 1 << 30) -> list[Batch]:
-    """What `model` writes, at most `most` times going on from where each of `batches` begins, and as long as it."""
+    """Texts that `model` writes: each continues the beginning of a sequence of `batches` to that sequence's length.
+
+    Every sequence is continued `most` times, but at most `_TEXTS` times.
+    """
     generator, head = torch.Generator().manual_seed(0), head_of(model)
     return [text for _ in range(min(most, _TEXTS)) for text in _written(model, head, batches, generator)]
 
 
 @torch.no_grad()
 def recite(model: Any, batches: Sequence[Batch]) -> list[Lesson]:
-    """What `model` predicts, of as many batches as fit in 2 GiB."""
+    """What `model` predicts for each of `batches`, up to about 2 GiB of lessons; the batches beyond are left out."""
     lessons: list[Lesson] = []
     with float32_weights(model):
         for batch in batches:
@@ -88,14 +95,14 @@ def recite(model: Any, batches: Sequence[Batch]) -> list[Lesson]:
 
 @torch.no_grad()
 def head_of(model: Any) -> Head:
-    """A copy of the lm_head, in the type it computes in."""
+    """A copy of the model's lm_head, in float32 where `float32_weights` has room for it."""
     with float32_weights(model):
         head = model.get_output_embeddings()
         return Head(head.weight.clone(), None if head.bias is None else head.bias.clone())
 
 
 def _written(model: Any, head: Head, batches: Sequence[Batch], generator: torch.Generator) -> list[Batch]:
-    """One text for each sequence, without padding; for sequences mostly of padding none."""
+    """One text, without padding, for each sequence; none for a sequence whose tokens do not fill the prompt."""
     prompts: dict[int, list[torch.Tensor]] = defaultdict(list)
     for batch in batches:
         ids = batch["input_ids"]
@@ -125,7 +132,7 @@ def _continued(model: Any, head: Head, ids: torch.Tensor, length: int, generator
 
 
 def divergence(model: Any, head: Head, lesson: Lesson) -> tuple[torch.Tensor, int]:
-    """(KL(lesson || model) in nats per token times rows, rows); gradients flow."""
+    """(KL(lesson || model) in nats per token, times the batch's rows; rows). Gradients flow through the KL."""
     found, chosen = log_probabilities(model, lesson.batch), predicted(lesson.batch)
     target = head(lesson.inputs[chosen])
     loss = kl_div(found[chosen].flatten(0, -2), target.flatten(0, -2), reduction="batchmean", log_target=True)

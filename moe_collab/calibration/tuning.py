@@ -24,7 +24,7 @@ __all__ = ["Tuned", "tune_grids"]
 _FACTOR_RATE = 4e-3
 _PLACE_RATE = 6e-3
 _INSIDE = 0.45
-"""How far from its code, in steps of the grid, a weight may start: nearer than where another code is nearest."""
+"""Largest distance, in steps of the grid, at which a place may start from its code; at 0.5 another code is as near."""
 
 
 class Tuned(NamedTuple):
@@ -38,12 +38,13 @@ class Tuned(NamedTuple):
 def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype) -> Tuned:
     """Adam on a factor per scale and a place per weight, minimizing KL(lessons || model).
 
-    `grids` by module name stand for the weights, the originals of which the model has. A weight's code is the one
-    nearest to its place; places start at the originals as far as they keep their codes, and see gradients as if there
-    were no rounding (straight-through estimator, arXiv 1308.3432). Takes five times the weights in float32.
+    `grids` (by module name) are the rounded weights; `model` has the original ones. A weight's place is a real number,
+    in steps of the grid, and its code is the integer nearest to that. Places start where the original weights lie, or
+    as near to there as they can without changing the code, and get gradients as if there were no rounding
+    (straight-through estimator, arXiv 1308.3432). Tuning takes five times the memory of the weights in float32.
 
-    Scales are rounded to `dtype` before the unseen lessons judge: if they find no gain, the grids come back as they
-    were.
+    Scales are rounded to `dtype` before the unseen lessons judge the result; if KL has not fallen, `grids` are returned
+    unchanged.
     """
     with float32_weights(model), frozen(model):
         before = _kl(model, grids, lessons)
@@ -73,7 +74,7 @@ class _Loose:
 
     @torch.no_grad()
     def stored(self, dtype: torch.dtype) -> Grid:
-        """The grid as it has become, its scales of `dtype`."""
+        """The grid that was learned, its scales rounded to `dtype`."""
         codes = _Nearest.apply(self.places, *self._grid.scheme.levels)
         return replace(self._grid, codes=codes, scales=(self._grid.scales * self.factors).to(dtype).float())
 
@@ -100,7 +101,7 @@ def _kl(model: Any, grids: Mapping[str, Grid], lessons: Lessons) -> float:
 
 @contextmanager
 def _in_place(model: Any, grids: Mapping[str, Grid | _Loose]) -> Iterator[None]:
-    """Let the modules compute with `grids`."""
+    """Let the modules compute with the weights of `grids` within the block."""
     head = model.get_output_embeddings()
     with ExitStack() as stack:
         for name, grid in grids.items():

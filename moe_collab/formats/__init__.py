@@ -1,4 +1,4 @@
-"""Bit layouts of compressed-tensors checkpoints: our own code, so that no pinned version decides for us."""
+"""Bit layouts of compressed-tensors checkpoints, in our own code, so that they do not depend on its pinned version."""
 
 from .dequantization import dequantize
 from .packing import pack, packed_width, unpack

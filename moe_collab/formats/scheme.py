@@ -12,10 +12,11 @@ __all__ = ["DENSE", "PRUNED", "Scheme"]
 
 
 class Scheme(NamedTuple):
-    """`num_bits` 0 (gone), 1 (ternary), 2 to 8 (integers) or 16 (as it was); `group_size` -1 = one scale a row.
+    """How one weight is stored: bits, weights per scale, and whether there are zero points.
 
-    Its text, `str(scheme)`, reads `int3-g128-asym`, `ternary-g128`, `dense` or
-    `pruned`; `Scheme.parse` is the inverse.
+    `num_bits` is 0 (pruned, not stored), 1 (ternary), 2 to 8 (integers) or 16 (unquantized); `group_size` weights of a
+    row share a scale, -1 = the whole row. `str(scheme)` reads `int3-g128-asym`, `ternary-g128`, `dense` or `pruned`;
+    `Scheme.parse` is the inverse.
     """
 
     num_bits: int
@@ -33,7 +34,7 @@ class Scheme(NamedTuple):
         return (-1, 1) if self.num_bits == TERNARY else (-(1 << (self.num_bits - 1)), (1 << (self.num_bits - 1)) - 1)
 
     def group_of(self, columns: int) -> int:
-        """Weights of a row of `columns` that share a scale."""
+        """How many weights of a row of `columns` share a scale."""
         return columns if self.group_size == -1 else self.group_size
 
     def __str__(self) -> str:
@@ -46,13 +47,16 @@ class Scheme(NamedTuple):
 
     @classmethod
     def described(cls, num_bits: int, group_size: int | None, symmetric: object, layout: str | None) -> Scheme:
-        """What config.json describes so: ternary as 2 bits in its own format, one scale a row as group None or -1."""
+        """The scheme that a quantization config describes by these values.
+
+        There ternary is 2 bits with a `layout` of its own, and one scale a row is a group size of None or -1.
+        """
         bits = TERNARY if layout == TERNARY_PACKED else num_bits
         return cls(bits, -1 if group_size in (None, -1) else int(group_size or 0), bool(symmetric))
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Raises `MoeCollabError` for a text that names no scheme."""
+        """The scheme whose `str` is `text`. Raises `MoeCollabError` for a text that names no scheme."""
         if text in ("dense", "pruned"):
             return DENSE if text == "dense" else PRUNED
         match = re.fullmatch(r"(?:int([2-8])|ternary)-(?:g([1-9]\d*)|channel)(-a?sym)?", text)

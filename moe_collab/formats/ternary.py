@@ -1,7 +1,7 @@
 """Ternary weights, five trits a byte: 26 bytes per 128 weights.
 
 Each group of a row starts a byte of its own, so that groups, rows and tensor-parallel cuts stay aligned. A byte is
-sum_i (t_i + 1) 3^i over its five codes t in {-1, 0, 1}; what is beyond the group counts as t = -1, adding nothing.
+sum_i (t_i + 1) 3^i over its five codes t in {-1, 0, 1}; places beyond the group's end count as t = -1 and add nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PER_BYTE = 5
 
 
 def ternary_width(num_codes: int, group_size: int) -> int:
-    """Bytes of one row."""
+    """Bytes of one row of `num_codes` codes."""
     return num_codes // group_size * -(-group_size // _PER_BYTE)
 
 
@@ -40,7 +40,7 @@ def pack_ternary(codes: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def unpack_ternary(packed: torch.Tensor, shape: tuple[int, int], group_size: int) -> torch.Tensor:
-    """The inverse: int8 codes of `shape`. Raises `MoeCollabError` for bytes that do not hold such a shape."""
+    """The inverse of `pack_ternary`: int8 codes of `shape`. Raises `MoeCollabError` if the bytes do not fit it."""
     rows, columns = shape
     if packed.ndim != 2 or packed.shape != (rows, ternary_width(columns, group_size)):
         raise MoeCollabError(

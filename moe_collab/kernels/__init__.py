@@ -1,1 +1,1 @@
-"""Mixed-bit fused MoE over one arena per layer and one descriptor table."""
+"""Kernels for MoE layers of mixed bit-widths; a layer's weights lie in one arena, described by one table."""

@@ -15,7 +15,7 @@ from .descriptors import Field, TensorSpec
 __all__ = ["Arena", "Layout", "allocate"]
 
 _AT_ONCE = 4 << 20
-"""Weights, of a tensor that is unpacked."""
+"""About how many weights of a tensor are unpacked at a time."""
 _HUGE_PAGE = 2 << 20
 
 
@@ -24,37 +24,37 @@ class Layout(Protocol):
 
     codes_dtype: torch.dtype
     scales_dtype: torch.dtype
-    """What scales are kept in as long as that is exact; else float32."""
+    """The type of scales, as long as it holds them exactly; otherwise they are kept in float32."""
 
     def stored_bits(self, spec: TensorSpec) -> int:
         """`Field.NUM_BITS` of the stored weight, which may be wider than the checkpoint's."""
 
     def num_codes(self, spec: TensorSpec) -> int:
-        """Elements of `codes_dtype`."""
+        """Elements of `codes_dtype` that the weight takes."""
 
     def num_scales(self, spec: TensorSpec) -> int:
-        """Scales (and zero points), padding included."""
+        """Scales of the weight, and as many zero points if it has any, padding included."""
 
     def arrange(self, values: torch.Tensor) -> torch.Tensor:
-        """Scales or zero points [rows, groups] in the order of the kernel."""
+        """Put scales or zero points [rows, groups] into the order in which the kernel reads them."""
 
     def write_codes(
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
-        """Write rows and columns of one checkpoint tensor where `descriptor` says."""
+        """Write the part `cut` of the checkpoint tensor `packed` to the place in `codes` that `descriptor` gives."""
 
 
 class Cut:
-    """The part of a checkpoint tensor that a rank keeps: `spec`'s shape from (row, column) on, out of `shape`."""
+    """The part of a checkpoint tensor of `shape` that a rank keeps; it begins at (`row`, `column`)."""
 
     def __init__(self, shape: tuple[int, int], row: int = 0, column: int = 0) -> None:
         self.shape, self.row, self.column = shape, row, column
 
     def kept(self, spec: TensorSpec, packed: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
-        """Of a checkpoint tensor: signed int8 codes (16 bits: the weights) [some rows, spec.columns], on `device`.
+        """The kept part, as large as `spec`, of the checkpoint tensor `packed`.
 
-        In pieces, top to bottom, because unpacking takes many times their memory. Raises `MoeCollabError` if the tensor
-        does not hold as many.
+        It comes as signed int8 codes (16 bits: as the weights) on `device`, in pieces [some rows, spec.columns], top to
+        bottom, because unpacking takes many times their memory. Raises `MoeCollabError` if the tensor is too small.
         """
         rows_end, columns_end = self.row + spec.rows, self.column + spec.columns
         width = self.shape[1] if spec.is_packed else packed.shape[-1]
@@ -94,7 +94,7 @@ class Arena:
         self.zero_points = torch.zeros(zeros, dtype=torch.int8, device=self.device)
 
     def use(self, layout: Layout) -> None:
-        """Make room for the codes as `layout` stores them, in place of what there was."""
+        """Allocate memory for the codes as `layout` stores them; codes written before are lost."""
         self.layout = layout
         codes = 0
         for row, spec in zip(self.table, self.specs, strict=True):
@@ -110,7 +110,7 @@ class Arena:
         )
 
     def write_scales(self, index: int, scales: torch.Tensor) -> None:
-        """Store scales [rows, groups], exactly: the arena becomes float32 if that takes more than it had."""
+        """Store scales [rows, groups] exactly: all scales of the arena become float32 if their type would round any."""
         if self.scales.dtype != torch.float32 and not torch.equal(
             scales.to(self.scales.dtype).double(), scales.double()
         ):
@@ -127,9 +127,9 @@ class Arena:
 
 
 def allocate(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Zeroed memory; the host's takes space only as it is written, in huge pages where the system gives them.
+    """Zeroed memory. Host memory takes space only as it is written, and consists of huge pages if the system has them.
 
-    Kernels stream through it: with pages of 4 KiB address translation costs several percent.
+    Kernels stream through it: with pages of 4 KiB address translation costs several percent of their time.
     """
     size = count * dtype.itemsize
     if size < _HUGE_PAGE or torch.device(device).type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,4 +1,4 @@
-"""Which implementation serves: Triton on GPUs, the C++ kernels on x86, the torch reference anywhere."""
+"""Which implementation of the kernels is used: Triton on GPUs, C++ on x86, or the torch reference anywhere."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ _NAMES = ("auto", "triton", "cpu", "reference")
 
 @dataclass(frozen=True)
 class Backend:
-    """A layout, and what gives the op with `reference`'s arguments for a layer whose arena holds certain specs."""
+    """An implementation of the kernels: its layout of weights in memory, and its ops.
+
+    `fused_experts` and `linear` return, for the specs that a layer's arena holds, an op with the same arguments as the
+    one of that name in `reference`.
+    """
 
     name: str
     layout: Layout
     fused_experts: Callable[[Sequence[TensorSpec]], Op]
     linear: Callable[[Sequence[TensorSpec]], Op]
     tune: Callable[[Arena], object] = lambda arena: None
-    """Measure, once, what the kernels' speed depends on."""
+    """Measures, once, the settings with which the kernels are fastest; does nothing for backends without any."""
     widen_ternary: Callable[[Arena, int], bool] = lambda arena, keep_free: False
     """As `cpu.widening.widen_ternary`, where a faster storage of ternary weights exists."""
     batches: Callable[[Sequence[TensorSpec], int | None], Sequence[int]] = lambda specs, top_k: ()
@@ -45,10 +49,11 @@ class Backend:
 
 @cache
 def backend() -> Backend:
-    """The one `MOE_COLLAB_BACKEND` names: "triton", "cpu", "reference", or by default the fastest that runs here.
+    """The backend that the variable `MOE_COLLAB_BACKEND` names: "triton", "cpu", "reference", or "auto".
 
-    Falls back to the reference with one warning that says why and what to do. Raises `MoeCollabError` for a backend
-    that is asked for by name and does not run.
+    "auto", the default, is Triton if there is a GPU and otherwise the C++ kernels; if that does not run here, it falls
+    back to the reference with one warning that says why and what to do. Raises `MoeCollabError` for a backend that is
+    asked for by name and does not run.
     """
     wanted = os.environ.get("MOE_COLLAB_BACKEND", "auto")
     if wanted not in _NAMES:
@@ -64,7 +69,7 @@ def backend() -> Backend:
 
 
 def _make(name: str) -> Backend:
-    """Raises `MoeCollabError` if it does not run here."""
+    """The backend called `name`. Raises `MoeCollabError` if it does not run here."""
     if name == "triton":
         return Backend(
             f"triton ({triton.check()})",
@@ -88,7 +93,7 @@ def _always(op: Op) -> Callable[[Sequence[TensorSpec]], Op]:
 
 @cache
 def activation_bits() -> int:
-    """`MOE_COLLAB_ACTIVATION_BITS`: 16 by default; 8 is faster where arithmetic bounds (prefill), with 1 to 2 % error.
+    """`MOE_COLLAB_ACTIVATION_BITS`: 16 by default; 8 is faster where arithmetic is the limit (prefill), 1 to 2 % error.
 
     Raises `MoeCollabError` for anything else.
     """

@@ -17,11 +17,13 @@ class Field(IntEnum):
     NUM_BITS = 0
     """0 = the expert is gone, 1 = ternary, 2..8 = packed integers, 16 = bfloat16."""
     GROUP_SIZE = 1
+    """Weights of a row that share a scale."""
     CODES = 2
     """First element of the weight in the arena of codes."""
     SCALES = 3
+    """First of its scales in the arena of scales."""
     ZERO_POINTS = 4
-    """-1 = symmetric."""
+    """First of its zero points in their arena; -1 = symmetric, without zero points."""
     ROWS = 5
     COLUMNS = 6
 

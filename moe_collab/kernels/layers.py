@@ -1,4 +1,4 @@
-"""What a checkpoint asks of the kernels: which shapes, in which bits."""
+"""The shapes and bit-widths in which a checkpoint's layers use the kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_
 
 @dataclass
 class Layers:
-    """Layers in each of which the same `bits` occur, 16 = unquantized; `group` divides their group sizes."""
+    """The shapes of all layers in which the same `bits` occur (16 = unquantized); `group` divides their group sizes."""
 
     bits: tuple[int, ...]
     group: int
@@ -66,7 +66,7 @@ def layers_of(path: Path) -> list[Layers]:
 
 
 def _matrices(checkpoint: Checkpoint) -> Iterator[_Matrix]:
-    """Quantized modules and unquantized experts."""
+    """The matrices of all quantized modules, and of unquantized experts with bits of 16 and group 0."""
     for name in checkpoint.names():
         module, _, suffix = name.rpartition(".")
         if suffix == "weight_packed":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 __all__ = ["available_memory"]
 
-# (limit, in use, its reclaimable part) below /sys/fs/cgroup, for versions 2 and 1; the last are a file and its key.
+# Files below /sys/fs/cgroup, for versions 2 and 1 of cgroups: the limit, the memory in use, and (as a file and a key in
+# it) the part of the memory in use that can be reclaimed.
 _GROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -14,7 +15,7 @@ _GROUPS = (
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes: what Linux counts as available, or what a container's limit leaves; 0 where neither is known."""
+    """Bytes that Linux counts as available, or fewer if a container's limit leaves fewer; 0 where that is not known."""
     try:
         found = [_fields(root / "proc/meminfo")["MemAvailable:"] * 1024]
     except (OSError, KeyError):

@@ -1,4 +1,4 @@
-"""The plain layout: codes packed row by row as the checkpoint packs them. What the reference reads."""
+"""The plain layout, which the reference reads: codes packed row by row as the checkpoint packs them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class PlainLayout:
         return spec.rows * spec.num_groups
 
     def arrange(self, values: torch.Tensor) -> torch.Tensor:
-        """As they are."""
+        """The values unchanged."""
         return values
 
     def write_codes(
         self, codes: torch.Tensor, descriptor: torch.Tensor, spec: TensorSpec, packed: torch.Tensor, cut: Cut
     ) -> None:
-        """Unpack, cut, pack."""
+        """Unpack the tensor, cut out the kept part, and pack that again."""
         start = int(descriptor[Field.CODES])
         for kept in cut.kept(spec, packed, codes.device):
             if spec.num_bits == 16:

@@ -1,4 +1,4 @@
-"""The oracle: mixed-bit kernels in plain torch, behind the schemas every fast backend shares."""
+"""The oracle that all fast kernels are tested against: the same custom ops, with the same arguments, in plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)."""
+    """The activation of gpt-oss: gate * sigmoid(1.702 gate) * (up + 1), gate clamped at 7 and up to -7 ... 7."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 

@@ -42,14 +42,15 @@ LADDERS: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5, 6, 8, 10, 12),
 }
-"""What each setting can be."""
+"""The values that each setting of a kernel can have."""
 _ANY_BITS = (2, 3, 4)
+"""Bits of the layers on which configs for any mix of bits are tuned."""
 _GAIN = 0.99
 """A config that takes a larger part of the time than this is no better: times vary as much by chance."""
 
 
 class Step(NamedTuple):
-    """What tuning made of a kernel for batches of `tokens`: geometric means over layers, in seconds."""
+    """The config found for a kernel and batches of `tokens`; `before`, `after`: seconds, geometric mean over layers."""
 
     kernel: str
     tokens: int
@@ -89,7 +90,7 @@ def tune(layers: Layers, tokens: Sequence[int]) -> Iterator[Step]:
 def _calls_with(
     every: Sequence[Sequence[Call]], kernel: str, others: Mapping[str, Config], config: Config
 ) -> list[list[Call]]:
-    """Each layer's calls, made with these configs."""
+    """The calls of each layer of `every`, made with `config` for `kernel` and with `others` for other kernels."""
 
     def run(call: Call) -> torch.Tensor:
         with using({**others, kernel: config}):
@@ -101,9 +102,9 @@ def _calls_with(
 def climb(
     starts: Sequence[T], neighbours: Callable[[T], list[T]], calls: Callable[[T], list[list[Call]]]
 ) -> tuple[T, float, float]:
-    """(a config of which no neighbour is faster, seconds of the best of `starts`, its seconds); inf: does not run.
+    """(a config that no neighbour beats, seconds of the best of `starts`, seconds of that config); inf = does not run.
 
-    `calls` gives, with a config, the calls of each of several layers; what counts is the geometric mean of their times.
+    `calls` returns for a config the calls of each of several layers; the geometric mean of the layers' times counts.
     Raises `MoeCollabError` if neither `starts` nor the neighbours of one of them run.
     """
     tried = list(starts)
@@ -121,7 +122,10 @@ def climb(
 
 
 def _seconds(candidates: list[list[list[Call]]]) -> list[float]:
-    """Of each candidate's layers, after all have been compiled, in parallel."""
+    """Each candidate's time, the geometric mean over its layers; inf if it does not run.
+
+    All candidates are compiled first, in parallel.
+    """
     from triton import TritonError
 
     def runs(layers: list[list[Call]]) -> bool:
@@ -146,12 +150,12 @@ def _seconds(candidates: list[list[list[Call]]]) -> list[float]:
 
 
 def steps(ladder: Sequence[int], value: int) -> list[int]:
-    """The next smaller and the next larger, as far as there are such."""
+    """The next smaller and the next larger value on an ascending `ladder`, as far as there are such."""
     return [v for v in ladder if v < value][-1:] + [v for v in ladder if v > value][:1]
 
 
 def _neighbours(config: Config, kernel: str) -> list[Config]:
-    """One step of one setting away."""
+    """All configs that differ from `config` by one step in one setting."""
     return [
         config.model_copy(update={name: step})
         for name, ladder in LADDERS.items()
@@ -161,7 +165,7 @@ def _neighbours(config: Config, kernel: str) -> list[Config]:
 
 
 def _store(path: Path, device: str, mix: str, kernel: str, by_tokens: Mapping[int, Config]) -> None:
-    """Put a kernel's configs into the file; neighbours that are equal become one."""
+    """Put a kernel's configs into the file; equal configs of successive numbers of tokens become one entry."""
     root = read(path).root if path.exists() else {}
     kept: list[Config] = []
     for count, config in sorted(by_tokens.items()):
@@ -174,7 +178,7 @@ def _store(path: Path, device: str, mix: str, kernel: str, by_tokens: Mapping[in
 
 
 def _wanted(options: argparse.Namespace) -> list[tuple[str, Layers]]:
-    """(the mix that configs are stored for, layers to tune)."""
+    """Pairs (the mix of bits that configs are stored for, the layers to tune them on)."""
     if options.checkpoint:
         found = layers_of(options.checkpoint)
         return [(mix_of(kinds_of(map(FieldLayout.stored, layers.bits))), layers) for layers in found]
@@ -186,17 +190,17 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, Layers]]:
 
 
 def shape(text: str) -> ExpertsShape:
-    """Of HIDDENxWIDTHxEXPERTSxTOP_K. This and the next two are named as argparse's errors should name them."""
+    """Parse HIDDENxWIDTHxEXPERTSxTOP_K. The name of this function and the next two appear in argparse's errors."""
     return ExpertsShape(*map(int, text.split("x")))
 
 
 def linear_shape(text: str) -> LinearShape:
-    """Of ROWSxCOLUMNS."""
+    """Parse ROWSxCOLUMNS."""
     return LinearShape(*map(int, text.split("x")))
 
 
 def bits(text: str) -> tuple[int, ...] | None:
-    """Of 2,4, as stored; None of `any`."""
+    """Parse bits such as 2,4 into the widths that the kernels store them in; None for `any`."""
     found = None if text == ANY else tuple(sorted({FieldLayout.stored(int(b)) for b in text.split(",")}))
     if found and not set(found) <= {2, 3, 4, 5, 6, 8, 16}:
         raise ValueError(text)
@@ -221,11 +225,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tune, print a line for each kernel and batch, store."""
+    """Tune; print a line for each kernel and number of tokens, and store the configs."""
     options = _parser().parse_args(arguments)
     device, tokens = triton.check(), sorted(set(options.tokens))
     if options.output.exists():
-        read(options.output)  # to learn now, not in an hour, that it is no such file
+        read(options.output)  # to learn now, and not after an hour of tuning, if it is not a file of configs
     for mix, layers in _wanted(options):
         found: dict[str, dict[int, Config]] = {}
         for step in tune(layers, tokens):

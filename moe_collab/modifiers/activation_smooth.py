@@ -54,15 +54,15 @@ class ActivationSmoothModifier(Modifier):
     :param num_experts_per_tok: an integer; a share in (0, 1) of the present number; `scale` = in proportion to the
         experts that pruning kept; both rounded half up, at least 1; `auto` = the smallest number that keeps `max_kl`;
         or `keep`.
-    :param max_kl: of `auto`: KL in nats per token not to exceed, measured end to end on held-out calibration tokens
+    :param max_kl: for `auto`: KL in nats per token not to exceed, measured end to end on held-out calibration tokens
         (every eighth batch) against the model as this modifier finds it: with its original number of activated
         experts, but already pruned if it was pruned before, and neither smoothed nor quantized.
     :param compensate: whether another number of experts changes `down_proj` by the factor described above.
     :param strength: of `up_proj -> down_proj` smoothing, in [0, 1]: row j of `up_proj` is divided and column j of
         `down_proj` multiplied by s_j = max|x_j|^strength / max|W_down,j|^(1 - strength), over the tokens routed to the
         expert (SmoothQuant, arXiv 2211.10438, eq. 4). Leave it out for none.
-    :param norm_strength: the same from the norm before the MoE block to its router and to gate_proj and up_proj of
-        routed and shared experts. Leave it out for none.
+    :param norm_strength: the same smoothing, from the norm before the MoE block to its router and to gate_proj and
+        up_proj of routed and shared experts. Leave it out for none.
     :param ignore: regexes of MoE layer names not to smooth.
     """
 
@@ -112,7 +112,7 @@ class ActivationSmoothModifier(Modifier):
         return True
 
     def _reachable_after_pruning(self, moe: MoEModel) -> int:
-        """How many experts a token can reach once the recipe has come to this modifier; if masked, at most."""
+        """How many experts a token can reach once the recipe comes to this modifier; with masking an upper bound."""
         reachable = moe.limits.reachable(moe.num_experts)
         for modifier in modifiers_of_this_pass():
             if modifier is self:
@@ -147,7 +147,7 @@ class ActivationSmoothModifier(Modifier):
             )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Watch what reaches the experts, and what they would put out with other numbers of them activated."""
+        """Watch the inputs of the experts, and their outputs with the other numbers of activated experts to try."""
         others = [type(modifier).__name__ for modifier in modifiers_of_this_pass() if modifier is not self]
         if others:
             raise MoeCollabError(
@@ -242,7 +242,10 @@ class ActivationSmoothModifier(Modifier):
     def _smoothings(
         self, model: torch.nn.Module, moe: MoEModel, largest: Mapping[torch.nn.Module, torch.Tensor]
     ) -> list[Rescaling]:
-        """Of all that calibration reached, norms first: their scales refer to the weights as they are."""
+        """The rescalings for everything that calibration tokens reached.
+
+        Norms come first, because their scales are computed from the weights as they are before any rescaling.
+        """
         found: list[Rescaling] = []
         for layer in self._smoothed(model):
             if self.norm_strength is not None and layer.experts in largest:
@@ -255,7 +258,7 @@ class ActivationSmoothModifier(Modifier):
 
 
 def _live_experts(moe: MoEModel) -> int:
-    """Experts of all layers that have weights."""
+    """Number of experts that have weights, over all layers."""
     return sum(len(layer.live_experts) for layer in moe.layers)
 
 
@@ -268,7 +271,7 @@ def _check_reachable(top_k: int, reachable: int) -> None:
 
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
-    """[tokens, hidden] that an experts container is called with."""
+    """The hidden states [tokens, hidden] among the arguments that an experts container is called with."""
     return args[0] if args else kwargs["hidden_states"]
 
 

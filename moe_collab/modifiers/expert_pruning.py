@@ -44,21 +44,25 @@ __all__ = ["ExpertPruningModifier"]
 
 
 class ExpertPruningModifier(Modifier):
-    """Keep the experts that score highest over the calibration set; nothing is changed until all layers are judged.
+    """Keep the experts that score highest over the calibration set; nothing is changed until all layers are scored.
 
-    :param retention: share of the experts to keep, in (0, 1]; of physical pruning rounded up to whole routing groups.
+    :param retention: share of the experts to keep, in (0, 1]; with physical pruning their number is rounded up to a
+        multiple of the number of routing groups.
     :param num_experts: experts to keep per layer, instead of `retention`.
     :param criterion: one of `pruning.CRITERIA`; `importance`, I_e = alpha * frequency + (1 - alpha) * mean router
         weight (arXiv 2509.25689); `package.module:function` of your own, from `ExpertStatistics` to scores [experts];
         or a JSON file with a list of scores by layer name.
     :param alpha: weight of the frequency in `importance`, in [0, 1].
-    :param pruning: `physical`: expert tensors, router rows, the selection bias and the saved config shrink, every layer
-        and routing group keeps equally many; `masked`: for routers with a selection bias, counts stay and the tensors
-        of dead experts are not stored, so that groups may lose different numbers.
-    :param protect: so many of each domain's best experts stay, if the calibration samples name a `domain`.
+    :param pruning: `physical`: expert tensors, router rows, the selection bias and the saved config shrink, and every
+        layer and routing group keeps equally many experts; `masked`, for routers with a selection bias: the router
+        never selects the dropped experts and their tensors are not stored, but router and config keep the number of
+        experts, so that groups may lose different numbers.
+    :param protect: this many of the best experts for each domain stay; calibration samples must name their `domain`.
     :param protect_super_experts: experts whose outputs hold the model's outliers stay (arXiv 2507.23279).
-    :param statistics: folder where statistics are kept; if it is there they are reused, whatever the criterion.
-    :param ignore: regexes of MoE layer names to leave alone; only with `masked`, for a config has one expert count.
+    :param statistics: folder for the statistics; if it exists they are read from it, whatever the criterion, otherwise
+        they are measured and written there.
+    :param ignore: regexes of MoE layer names to leave alone; only with `masked`, because a config has one expert count
+        for all layers.
     """
 
     requires_calibration_data: bool = True
@@ -178,7 +182,7 @@ class ExpertPruningModifier(Modifier):
             self._seen[tap.layer.name].add(index, weights, rows, domains[valid])
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Judge all layers, then prune them."""
+        """Score the experts of all layers, then prune them."""
         self.remove_hooks()
         seen, self._seen = self._seen, {}
         if not seen:
@@ -214,7 +218,7 @@ class ExpertPruningModifier(Modifier):
         saved.save(self.statistics, seen)
 
     def _scores(self, seen: Mapping[str, ExpertStatistics]) -> dict[str, torch.Tensor]:
-        """Layer name -> scores [experts], float64; what is protected scores above all others."""
+        """Layer name -> scores [experts], float64; protected experts score above all others."""
         if self.criterion.endswith(".json"):
             scores = self._from_file(seen)
         else:

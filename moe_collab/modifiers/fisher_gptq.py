@@ -1,4 +1,4 @@
-"""`FisherGPTQModifier`: rounding of routed experts that better keeps the model's predictions than GPTQ does."""
+"""`FisherGPTQModifier`: rounding of routed experts that keeps the model's predictions better than GPTQ does."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ __all__ = ["FisherGPTQModifier"]
 
 
 class FisherGPTQModifier(Modifier, QuantizationMixin):
-    """Round at the schemes chosen before, such as `MixedBitAllocModifier`'s, or at its own as GPTQModifier does.
+    """Round modules to the schemes that were attached to them, by `MixedBitAllocModifier` or by this modifier's fields.
 
-    Tokens weigh by the Fisher information of the model's predictions, seen in one backward pass, and an expert's
-    tokens are those really routed to it. Scales are searched and refitted, codes found by error feedback and then
-    coordinate descent, and an expert's down_proj makes up for its rounded gate and up.
+    Its own schemes are given as for GPTQModifier, by `scheme` or `config_groups`. Every token is weighted by the Fisher
+    information of the model's predictions, which a backward pass shows, and an expert is rounded by the tokens that are
+    really routed to it. Scales are searched and refitted, codes are found by error feedback and then coordinate
+    descent, and an expert's down_proj is refitted to make up for its rounded gate_proj and up_proj.
 
-    :param tuning_steps: afterwards, steps of Adam on scales and codes towards the original model's predictions; some
-        hundred bring most at 2 to 3 bits. Kept only if KL on held-out calibration tokens falls.
+    :param tuning_steps: steps of Adam after the rounding, which bring the predictions closer to the original model's by
+        changing scales and codes; a few hundred steps help most at 2 to 3 bits. Their result is kept only if KL on
+        held-out calibration tokens falls.
     """
 
     requires_calibration_data: bool = False
-    """The passes it needs, backward ones too, are its own."""
+    """False because this modifier makes its passes over the data itself, backward passes included."""
 
     tuning_steps: int = Field(0, ge=0)
 
@@ -72,7 +74,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         """Round every module that has a scheme, layer by layer."""
         model: Any = state.model
         moe = describe(model)
-        # An earlier modifier's pass may have left it on, with scales that nobody has set yet.
+        # An earlier modifier's pass may have left quantization on, with scales that nobody has set yet.
         model.apply(disable_quantization)
         _check_schemes(model)
         schemes = {name: _scheme_of(module) for name, module in model.named_modules() if _has_scheme(module)}
@@ -113,7 +115,7 @@ def _has_scheme(module: nn.Module) -> bool:
 
 
 def _check_schemes(model: nn.Module) -> None:
-    """Raise `MoeCollabError` naming a module whose scheme is not ours to round."""
+    """Raise `MoeCollabError` naming a module whose scheme this modifier cannot round to."""
     for name, module in model.named_modules():
         if not _has_scheme(module):
             continue

@@ -1,4 +1,4 @@
-"""`MixedBitAllocModifier`: a bit-width per expert tensor, no bits at all included, under a budget in bytes."""
+"""`MixedBitAllocModifier`: choose a bit-width for each expert tensor, or drop the expert, within a budget in bytes."""
 
 from __future__ import annotations
 
@@ -43,34 +43,34 @@ __all__ = ["MixedBitAllocModifier"]
 
 
 class MixedBitAllocModifier(Modifier):
-    """Choose how each expert tensor is stored, or that an expert goes, so that the checkpoint fits a budget in bytes.
+    """Choose how each expert tensor is stored, or drop the expert, so that the checkpoint fits a budget in bytes.
 
-    One multiple-choice knapsack over all experts, after the paper's search (arXiv 2509.25689): costs in KL are
-    measured in a forward and a backward pass with the rounding that will be used, `FisherGPTQModifier`'s if it comes
-    next in the recipe, to nearest before others such as `GPTQModifier: {ignore: [lm_head]}`. On held-out calibration
-    tokens the decision is compared with the best uniform scheme that fits, and gives way to it if it is no better.
+    It solves one multiple-choice knapsack over all experts, after the paper's search (arXiv 2509.25689). Costs in KL
+    are measured in a forward and a backward pass, with the rounding of `FisherGPTQModifier` if that comes later in the
+    recipe, and rounding to nearest for other quantizers, such as `GPTQModifier: {ignore: [lm_head]}`. If the best
+    uniform scheme that fits the budget has a lower KL on held-out calibration tokens, it is used instead.
 
     In `fixed`, `floors` and `ignore` modules may be called by their names in the model or in the checkpoint; a pattern
     that matches nothing is an error.
 
     :param budget: size of all `*.safetensors` files together: bytes, `"3.1MB"`, `"103GB"`, `"128GiB"`.
     :param bpw: instead of `budget`, mean bits per routed-expert weight, scales included.
-    :param fit: instead of `budget`, memory of the machine that will serve: weights, KV cache of `concurrency` requests
-        of `context` tokens, activations and runtime together.
-    :param max_kl: KL on held-out tokens that may not be exceeded, nats per token. Alone, the smallest checkpoint that
-        keeps it is made; with a budget, an error says what was reached.
-    :param bits: bit-widths to choose from; 16 leaves a tensor as it is; `ternary` needs `FisherGPTQModifier`.
+    :param fit: instead of `budget`, memory of the machine that will serve, which must hold the weights, the KV cache of
+        `concurrency` requests of `context` tokens, activations and the runtime.
+    :param max_kl: largest KL allowed on held-out tokens, nats per token. Alone, it asks for the smallest checkpoint
+        that keeps to it; with a budget, a larger KL is an error, which says what was reached.
+    :param bits: bit-widths to choose from; 16 leaves a tensor unquantized; `ternary` needs `FisherGPTQModifier`.
     :param group_size: weights that share a scale, one or several to choose from; -1 for one scale per output channel.
-    :param symmetric: leave out zero points; `auto` chooses, up to 4 bits.
-    :param pruning: whether experts may go: `none`; `physical`, equally many per layer and routing group; `masked`,
-        freely, for routers with a selection bias.
+    :param symmetric: whether to leave out zero points; `auto` chooses for each tensor up to 4 bits, `true` above.
+    :param pruning: whether experts may be dropped: `none`; `physical`, equally many in every layer and routing group;
+        `masked`, different numbers, for routers with a selection bias.
     :param scope: `experts`, or `model` for every Linear that `ignore` does not name.
     :param fixed: regex of module names -> bits, for any Linear; the first match counts. Group size and zero points are
         chosen by what they cost, as for the others.
     :param floors: regex of module names -> fewest bits, for Linears other than routed experts, of scope `model`; the
         first match counts.
-    :param granularity: what gets one scheme together: a `projection` (gate and up of an expert; its down), or all
-        experts of a `layer`, which makes checkpoints that stock vLLM serves.
+    :param granularity: which tensors share a scheme: `projection` (gate and up of an expert share one, its down has its
+        own), or `layer` (all experts of a layer share one), which makes checkpoints that stock vLLM serves.
     :param plan: JSON file of the decision; written if it does not exist, reused if it does.
     :param costs: JSON file of the measured costs, for other budgets; written if it does not exist, reused if it does.
     :param ignore: modules that keep their precision: names, or regexes that begin with `re:`.
@@ -151,9 +151,9 @@ class MixedBitAllocModifier(Modifier):
         return self
 
     def request(self, config: Any, strict: bool = True) -> AllocationRequest:
-        """What these fields ask for, of a model with this transformers `config`.
+        """What this modifier's fields ask for, given the transformers `config` of the model.
 
-        `strict`: a pattern that matches nothing is an error.
+        `strict` says whether a pattern that matches nothing is an error.
         """
         budget = None if self.budget is None else parse_bytes(self.budget)
         if self.fit is not None:
@@ -175,7 +175,7 @@ class MixedBitAllocModifier(Modifier):
         )
 
     def planner(self, model: Any, strict: bool = True) -> Planner:
-        """For this recipe on `model`. Raises `MoeCollabError` for what the model cannot give."""
+        """The planner for this recipe and `model`. Raises `MoeCollabError` if the recipe does not suit the model."""
         moe = describe(model)
         if self.pruning != "none" and not {"weights", "indices"} <= {*moe.family.router_output}:
             raise MoeCollabError(
@@ -205,7 +205,7 @@ class MixedBitAllocModifier(Modifier):
         return True
 
     def _check_budget(self, planner: Planner) -> None:
-        """Raise `MoeCollabError` with the bytes needed if no allocation fits; needs no data."""
+        """Raise `MoeCollabError` with the size needed if no allocation fits the budget; needs no data."""
         if planner.request.has_budget:
             planner.cheapest(CostTable(), None if self.pruning == "none" else {})
 
@@ -226,7 +226,7 @@ class MixedBitAllocModifier(Modifier):
                 )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Reuse the plan if there is one; otherwise watch what reaches every expert of a model on disk."""
+        """Reuse the plan if its file exists; otherwise, if the model is on disk, watch what reaches every expert."""
         check_own_pass()
         model: Any = state.model
         self._moe = describe(model)
@@ -235,7 +235,7 @@ class MixedBitAllocModifier(Modifier):
             self._reused.check_matches(self.plan, model_fingerprint(model), self._recipe_digest())
             logger.info("MixedBitAllocModifier: reusing {}", self.plan)
             return
-        # Experts that a pattern names may have been pruned by now.
+        # Not strict: experts that a pattern names may have been pruned by now.
         self._planner = self.planner(model, strict=False)
         self._check_budget(self._planner)
         if is_on_disk(model):
@@ -246,12 +246,12 @@ class MixedBitAllocModifier(Modifier):
         return description_digest(self.model_dump(include=mine))
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list | None = None, **kwargs: Any) -> None:
-        """Turn the statistics of finished layers into costs, and let them go."""
+        """For a model on disk: turn the statistics of finished layers into costs, and free their memory."""
         if self._disk_costs is not None:
             self._disk_costs.close(modules or [])
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Decide, write the plan down, and hand the bits to the next quantizer."""
+        """Decide, save the plan, drop experts, and attach the schemes that the next quantizer will round to."""
         self.remove_hooks()
         assert self._moe is not None
         model: Any = state.model
@@ -270,7 +270,7 @@ class MixedBitAllocModifier(Modifier):
             table = self._disk_costs.table(state.data.calib or ())
             found = Decided(planner.cheapest(table), table)
         else:
-            # As the next quantizer rounds, or to nearest: other quantizers round better, but alike for all.
+            # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.
             faithful = bool(self._fisher)
             rounder = Rounder(feedback=faithful, descent=faithful, scale_dtype=model.dtype)
             batches = calibration_batches(state)
@@ -283,7 +283,7 @@ class MixedBitAllocModifier(Modifier):
         return plan
 
     def _let_quantizers_see(self, state: State) -> None:
-        """Have tuning aim at the model as it is before experts go."""
+        """Let `FisherGPTQModifier` tune towards the predictions of the model before experts are dropped."""
         model: Any = state.model
         tuned = [quantizer for quantizer in self._fisher if quantizer.tuning_steps]
         if tuned:

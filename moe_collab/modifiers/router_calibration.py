@@ -37,26 +37,30 @@ __all__ = ["RouterCalibrationModifier"]
 Target = Literal["router", "norms", "gains", "scales"]
 
 _PACES: dict[Target, float] = {"router": 1e-2, "norms": 5e-3, "gains": 1e-2, "scales": 6e-3}
-"""Found on the fixtures; the learning rates tried are multiples of them."""
+"""Learning rate of each target, found on the fixtures; the rates that are tried are multiples of these."""
 _ALIKE = 1e-6
-"""Nats per token below which two models predict the same."""
+"""KL in nats per token below which two models count as predicting the same."""
 
 
 class RouterCalibrationModifier(Modifier):
-    """Tune small tensors on calibration tokens against the model as it was before the recipe; matrices stay.
+    """Tune small tensors so that the model predicts on calibration tokens what it predicted before the recipe.
 
-    Put it last: after pruning, and at 2 to 3 bits after the quantizer. The learning rate is searched on held-out
-    tokens, which also stop it early; what it found is stored only if it lowers KL there, rounding included.
+    Put it last: after pruning, and at 2 to 3 bits after the quantizer. Matrices keep their weights, or their codes if
+    they are quantized, but for the factors below. The learning rate is searched on held-out tokens, which also end the
+    learning early; the result is stored only if, rounded as it will be stored, it lowers KL on them.
 
-    :param targets: what learns: `router` weights; `norms`; `gains`, one per output channel of the routed experts'
-        matrices, folded into weights; `scales`, those of quantized Linears, which have the gains in them.
-    :param objective: `predictions`: KL of the model's predictions, end to end; `blocks`: each block's output, one block
-        after the other, for models that do not fit in memory; `auto`: `blocks` if the model is offloaded to disk.
-    :param steps: of Adam, 16 sequences each; with three learning rates tried for a quarter of them before.
+    :param targets: what learns: `router` weights; `norms`; `gains`, one factor per output channel of the routed
+        experts' matrices, multiplied into their weights, or into the scales of a quantized one; `scales` of quantized
+        Linears, one factor per scale, which takes the place of gains there.
+    :param objective: `predictions`: KL of the model's predictions, end to end; `blocks`: error of each block's output,
+        one block after the other, for models that do not fit in memory; `auto`: `blocks` if the model is offloaded to
+        disk, else `predictions`.
+    :param steps: steps of Adam, on 16 sequences each; before them, each of three learning rates is tried for a quarter
+        as many.
     """
 
     requires_calibration_data: bool = False
-    """The passes it needs, backward ones too, are its own."""
+    """False because this modifier makes its passes over the data itself, backward passes included."""
 
     targets: list[Target] = Field(default_factory=lambda: list(_PACES), min_length=1)
     objective: Literal["auto", "predictions", "blocks"] = "auto"
@@ -72,7 +76,7 @@ class RouterCalibrationModifier(Modifier):
         return list(dict.fromkeys(value))
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Learn what the original model says, before anything changes it."""
+        """Check the recipe, and record what the original model predicts before anything changes it."""
         model: Any = state.model
         check_unquantized(model, "RouterCalibrationModifier", schemes=True)
         check_data(state, "RouterCalibrationModifier")
@@ -94,7 +98,7 @@ class RouterCalibrationModifier(Modifier):
         return True
 
     def _learn_original(self, model: Any, moe: MoEModel, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Keep what the model says, and the weights of experts that a quantizer before this modifier may zero."""
+        """Record what the model predicts, and keep the weights of experts that an earlier quantizer may zero."""
         blocks = is_on_disk(model) or self.objective == "blocks"
         known, unseen = held_out(batches)
         own = texts(model, known) if blocks and not is_on_disk(model) else []
@@ -109,7 +113,7 @@ class RouterCalibrationModifier(Modifier):
             keep_starved(moe, routed_tokens)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Tune, judge, and store what is better."""
+        """Tune the small tensors, and store them if that lowers KL on held-out tokens."""
         model: Any = state.model
         with eval_context(model), _quantization_off(model):
             repair_starved(model, snap=True)
@@ -147,7 +151,7 @@ class RouterCalibrationModifier(Modifier):
                     store(tensor.module, name, value)
 
     def _tensors(self, model: Any, moe: MoEModel) -> dict[str, SmallTensor]:
-        """What learns, by module name."""
+        """The tensors that learn, by the names of their modules."""
         found: dict[str, SmallTensor] = {}
         names = {module: name for name, module in model.named_modules()}
         if "router" in self.targets:
@@ -168,14 +172,14 @@ class RouterCalibrationModifier(Modifier):
 
 
 class Scales(Factors):
-    """A quantized Linear that learns factors [rows, groups] of its scales, or [rows, 1] for all of a row."""
+    """A quantized Linear that learns a factor for each of its scales [rows, groups], or for each row [rows, 1]."""
 
     def __init__(self, module: Any, groups: int, pace: float) -> None:
         super().__init__(module, groups, pace)
         self._scale_dtype = module.weight_scale.dtype
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """As `SmallTensor.stored`; codes and zero points stay."""
+        """As `SmallTensor.stored`; codes and zero points do not change."""
         codes, scale, zero_point = codes_of(self.module)
         scale = (scale.float() * self.learned.detach()).to(self._scale_dtype)
         module: Any = self.module
@@ -194,7 +198,10 @@ def _is_quantized(module: Any) -> bool:
 
 
 def _has_scales(module: Any) -> bool:
-    """Whether its scales can learn: at 7 and 8 bits codes do not divide out exactly in bfloat16, nor would it pay."""
+    """Whether `module` is quantized so that its scales can learn.
+
+    Not at 7 and 8 bits: there weight / scale does not give the exact codes in bfloat16, and learning would gain little.
+    """
     if not _is_quantized(module):
         return False
     weights = module.quantization_scheme.weights
@@ -207,7 +214,7 @@ def _quantized(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _quantization_off(model: nn.Module) -> Iterator[None]:
-    """Within, weights are what they are, and activations are not rounded."""
+    """Within the block no module rounds anything: weights are used as they are, and activations as they come."""
     enabled = [module for module in model.modules() if getattr(module, "quantization_enabled", False)]
     model.apply(disable_quantization)
     try:

@@ -17,9 +17,10 @@ CRITERIA: dict[str, Callable[[ExpertStatistics], torch.Tensor]] = {
     "reap": lambda seen: seen.mean_weighted_norm,
     "frequency_reap": lambda seen: seen.frequency * seen.mean_weighted_norm,
 }
-"""Scores of a layer's experts [experts]; the lowest go. With router weights g and outputs f: how often a token selects
-the expert; mean g, mean ||f||, and mean g ||f|| over its tokens (REAP, arXiv 2510.13999); the sum of g ||f|| over all
-tokens, per token. `importance` (I_e) needs its `alpha`, so it is not among them."""
+"""Scores of a layer's experts [experts]; those with the lowest are pruned. With router weights g and outputs f, in this
+order: the share of tokens that select the expert; mean g, mean ||f||, and mean g ||f|| over the expert's tokens (the
+last is REAP, arXiv 2510.13999); the sum of g ||f|| over the expert's tokens, divided by all tokens. `importance` (I_e)
+needs its `alpha`, so it is not among them."""
 
 
 def importance(statistics: ExpertStatistics, alpha: float) -> torch.Tensor:
@@ -30,7 +31,8 @@ def importance(statistics: ExpertStatistics, alpha: float) -> torch.Tensor:
 def super_experts(statistics: Mapping[str, ExpertStatistics]) -> dict[str, list[int]]:
     """Layer name -> experts whose outputs hold the model's outliers (arXiv 2507.23279, section 3.1).
 
-    Largest absolute output above 99.5 % of all experts' and above a tenth of the model's largest.
+    An expert is one if its largest absolute output is at or above the 99.5th percentile of all experts' and a tenth of
+    the largest in the model.
     """
     peaks = {name: seen.largest.amax(0) for name, seen in statistics.items()}
     every = torch.cat(list(peaks.values()))

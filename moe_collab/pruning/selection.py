@@ -1,4 +1,4 @@
-"""Which experts stay, by their scores and by what the routers need."""
+"""Which experts are kept, by their scores and by what the routers need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def wanted_num_experts(limits: RouterLimits, retention: float | None, num_experts: int | None) -> int:
-    """Experts to keep per layer: ceil(retention * E) or `num_experts`. Raises `MoeCollabError` if there are fewer."""
+    """Experts to keep per layer: `num_experts`, or ceil(retention * E). Raises `MoeCollabError` if there are fewer."""
     # The small term keeps 0.75 * 256 from becoming 193 through floating point.
     wanted = num_experts if num_experts is not None else math.ceil((retention or 1.0) * limits.num_experts - 1e-9)
     if wanted > limits.num_experts:
@@ -34,7 +34,7 @@ def wanted_num_experts(limits: RouterLimits, retention: float | None, num_expert
 
 
 def whole_groups(limits: RouterLimits, wanted: int) -> int:
-    """`wanted` experts per layer rounded up to whole routing groups, for physical pruning.
+    """`wanted` experts per layer, rounded up to a multiple of the number of routing groups, for physical pruning.
 
     Raises `MoeCollabError` when the groups are unequal or the router could no longer choose `top_k` experts.
     """
@@ -67,10 +67,10 @@ def kept_experts(scores: torch.Tensor, num_kept: int, n_group: int = 1) -> list[
 
 
 def unmasked_experts(limits: RouterLimits, layer: str, scores: torch.Tensor, num_kept: int) -> list[int]:
-    """Ascending indices of `num_kept` experts of one layer to keep when the rest are masked, free of its groups' sizes.
+    """Ascending indices of the `num_kept` experts of one layer to keep when the rest are masked.
 
-    Experts go one by one, the lowest of `scores` [num_experts] first, each if the router can do without it. Raises
-    `MoeCollabError` if it cannot do with so few.
+    Routing groups may keep different numbers. Experts are dropped one by one, the lowest of `scores` [num_experts]
+    first, but for those that the router cannot do without. Raises `MoeCollabError` if it cannot work with so few.
     """
     dropped: list[int] = []
     # Among equal scores the highest index goes first, as in `kept_experts`.
@@ -88,7 +88,7 @@ def unmasked_experts(limits: RouterLimits, layer: str, scores: torch.Tensor, num
 
 
 def scaled_top_k(top_k: int, num_experts: int, num_kept: int) -> int:
-    """Activated experts in proportion to the experts kept, rounded half up, at least 1."""
+    """`top_k` in proportion to the experts kept: times `num_kept` / `num_experts`, rounded half up, at least 1."""
     return max(1, (2 * top_k * num_kept + num_experts) // (2 * num_experts))
 
 

@@ -21,7 +21,7 @@ _ROUTER_TENSORS = ("weight", "bias", "e_score_correction_bias")
 
 
 def keep_experts(layer: MoELayer, kept: list[int]) -> None:
-    """Keep the experts `kept` (ascending indices) of one layer, in place: modules, router rows, bias."""
+    """Remove all experts but `kept` (ascending indices) from one layer, in place: modules, router rows, biases."""
     extras = {k: m for k, m in layer.experts._modules.items() if not k.isdigit()}
     experts = {str(new): layer.experts._modules[str(old)] for new, old in enumerate(kept)}
     layer.experts._modules.clear()
@@ -34,7 +34,7 @@ def keep_experts(layer: MoELayer, kept: list[int]) -> None:
 
 
 class MaskedExpert(nn.Module):
-    """What stands for an expert that is gone, and has no tensors to save."""
+    """Stands in the place of a masked expert; it has no tensors to save."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Zeros [tokens, hidden]."""
@@ -99,9 +99,10 @@ def _set_ints(modules: tuple[nn.Module, ...], names: tuple[str, ...], value: int
 
 
 def sync_config(model: nn.Module, moe: MoEModel) -> dict[str, int]:
-    """Write the live counts into `model.config`; returns every key a saved config may call them by.
+    """Write the present numbers of experts and of activated experts into `model.config`.
 
-    Layers for multi-token prediction, with as many experts as before, are not in the model: none are left.
+    Returns these numbers by every key that a saved config may use for them. Layers for multi-token prediction, which
+    have as many experts as before, are not in the live model; the number of them becomes 0.
     """
     counts = {key: moe.num_experts for key in moe.family.num_experts_keys}
     counts |= {key: moe.top_k for key in moe.family.top_k_keys}

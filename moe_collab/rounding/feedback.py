@@ -15,7 +15,7 @@ _BLOCK = 128
 
 
 def damped(moments: torch.Tensor, share: float) -> torch.Tensor:
-    """H [batch, columns, columns] plus a share of its mean diagonal."""
+    """H [batch, columns, columns] with `share` of its mean diagonal added to the diagonal."""
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
     return moments + torch.diag_embed((share * mean)[:, None].expand(moments.shape[:2]))
 
@@ -50,7 +50,7 @@ def feed_back(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
 
 
 def coordinate_descent(weights: torch.Tensor, moments: torch.Tensor, grid: Grid, passes: int) -> None:
-    """Move one code after the other to where the loss is least, all others fixed; the loss never rises."""
+    """Set one code after the other to the level where the loss is least with all others fixed; the loss never rises."""
     low, high = grid.scheme.levels
     scales, zeros = grid.wide(grid.scales), grid.wide(grid.zeros)
     codes = grid.codes.clone()
@@ -74,7 +74,7 @@ def coordinate_descent(weights: torch.Tensor, moments: torch.Tensor, grid: Grid,
 
 
 def refit(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
-    """Set the scales to the least-squares ones for these codes, drawn a little towards the present ones."""
+    """Set the scales to those that fit best, by least squares with these codes, pulled a little to the present ones."""
     batch, rows = weights.shape[:2]
     size, groups = grid.group, grid.scales.shape[2]
     levels = grid.codes - grid.wide(grid.zeros)

@@ -39,12 +39,12 @@ class Grid:
         return Grid(self.scheme, self.codes[part], self.scales[part], self.zeros[part])
 
     def reshaped(self, batch: int) -> Grid:
-        """The same rows dealt out to another number of weights."""
+        """The same rows divided among `batch` weights instead."""
         codes, scales, zeros = (t.reshape(batch, -1, t.shape[2]) for t in (self.codes, self.scales, self.zeros))
         return Grid(self.scheme, codes, scales, zeros)
 
 
 def nearest(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The code nearest to each weight, all of one shape."""
+    """The code nearest to each weight; all four have one shape."""
     low, high = scheme.levels
     return ((weights / scales).round() + zeros).clamp(low, high)

@@ -16,10 +16,10 @@ __all__ = ["Rounder"]
 
 @dataclass(frozen=True)
 class Rounder:
-    """Error feedback, then coordinate descent in turn with refitted scales.
+    """Rounds weights with error feedback, and then alternates coordinate descent with refitting the scales.
 
-    `descent` False is plain GPTQ on searched scales; `feedback` False rounds to nearest. `scale_dtype` is what the
-    checkpoint keeps scales in; the last codes are chosen for scales already rounded to it.
+    `descent` False is plain GPTQ on searched scales; `feedback` False rounds to nearest. `scale_dtype` is the type in
+    which the checkpoint stores scales; the last codes are chosen for scales already rounded to it.
     """
 
     feedback: bool = True
@@ -27,9 +27,10 @@ class Rounder:
     scale_dtype: torch.dtype = torch.bfloat16
 
     def __call__(self, weights: torch.Tensor, moments: torch.Tensor, scheme: Scheme) -> Grid:
-        """Round `weights` [batch, rows, columns]; second `moments` [batch, row blocks, columns, columns].
+        """Round `weights` [batch, rows, columns] to `scheme`.
 
-        A weight's rows fall into equal blocks, each with a second moment of its own.
+        `moments` [batch, row blocks, columns, columns] are second moments of their inputs: a weight's rows fall into
+        equal blocks, each with a second moment of its own.
         """
         batch, blocks = moments.shape[:2]
         moments = moments.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Search of scales and zero points: the grid whose nearest codes lose least, weighted by what each column matters."""
+"""Search for the scales and zero points whose nearest codes have the least squared error, weighted by column."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TINY = 1e-9
 def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
     """Round `weights` [batch, rows, columns] to nearest on the best grid found.
 
-    `importance` [batch, columns] weighs squared errors: the diagonal of the second moment.
+    `importance` [batch, columns] weights the squared errors of each column; it is the diagonal of the second moment.
     """
     batch, rows, columns = weights.shape
     group = scheme.group_of(columns)
@@ -37,7 +37,7 @@ def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -
 
 
 def _candidates(grouped: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(scale, zero point) to try, each [batch, rows, groups]."""
+    """Pairs (scale, zero point) to try, each [batch, rows, groups]."""
     if scheme.symmetric:
         yield from _symmetric(grouped, scheme)
     elif scheme.num_bits == 2:

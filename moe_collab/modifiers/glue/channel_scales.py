@@ -1,5 +1,5 @@
-"""Per-channel scales moved from one weight to the next: the model computes the same, its weights and activations are
-evener. And the check of norms and their readers that tells where that would not be so.
+"""Move per-channel scales from one weight to the next, which evens out weights and activations and leaves the model's
+outputs as they are; and check that a norm and its readers, the modules that its output reaches, allow that exactly.
 
 Scales are powers of two, so that float32 and bfloat16 models stay the same bit for bit; in float16 weights that
 become subnormal lose bits.
@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rescaling:
-    """One parameter of `module` to be multiplied by `factor`, a number or powers of two that broadcast to its shape."""
+    """A change to make: multiply one parameter of `module` by `factor`, a number or powers of two that broadcast."""
 
     module: nn.Module
     parameter: str
@@ -42,7 +42,7 @@ class Rescaling:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Multiply, under offload too."""
+        """Make the change, also if the module is offloaded, and also to a copy that `starved` keeps of its weight."""
         value = getattr(self.module, self.parameter)
         factor = self.factor.to(value) if isinstance(self.factor, torch.Tensor) else self.factor
         store(self.module, self.parameter, value * factor)
@@ -62,7 +62,10 @@ def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, strength: 
 
 
 def rescale_up_down(expert: nn.Module, activations: torch.Tensor, strength: float) -> Iterable[Rescaling]:
-    """Rows of `up_proj` divided, columns of `down_proj` multiplied; `activations` [intermediate] reach `down_proj`."""
+    """Divide the rows of `up_proj` and multiply the columns of `down_proj` by one scale per channel.
+
+    `activations` [intermediate] are the largest magnitudes of each channel at the input of `down_proj`.
+    """
     up, down = expert.up_proj, expert.down_proj
     assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
     scale = smoothing_scale(activations, down.weight.detach().abs().amax(0), strength)
@@ -75,7 +78,10 @@ def rescale_up_down(expert: nn.Module, activations: torch.Tensor, strength: floa
 def rescale_norm(
     model: nn.Module, moe: MoEModel, layer: MoELayer, activations: torch.Tensor, strength: float
 ) -> Iterable[Rescaling]:
-    """The norm's weight divided, columns of all that reads it multiplied; `activations` [hidden] are its outputs'."""
+    """Divide the weight of the norm before a MoE block, and multiply the columns of every weight that reads its output.
+
+    `activations` [hidden] are the largest magnitudes of each channel at the norm's output.
+    """
     norm, readers = norm_and_readers(model, moe, layer)
     matrices = [module for *_, name, module in layer.projections() if name != "down_proj"]
     columns = torch.stack([module.weight.detach().abs().amax(0) for module in matrices]).amax(0)
@@ -86,7 +92,7 @@ def rescale_norm(
 
 
 def rescale_outputs(layer: MoELayer, factor: float) -> Iterable[Rescaling]:
-    """All routed experts' outputs multiplied by `factor`."""
+    """Multiply the outputs of all routed experts of a layer by `factor`."""
     for index in layer.live_experts:
         down = layer.expert(index).down_proj
         assert isinstance(down, nn.Linear)
@@ -144,7 +150,7 @@ def norm_and_readers(model: nn.Module, moe: MoEModel, layer: MoELayer) -> tuple[
 
 
 def everyones_peaks(model: nn.Module, largest: Mapping[nn.Module, torch.Tensor]) -> dict[nn.Module, torch.Tensor]:
-    """Largest magnitudes [features] before the modules that any process's tokens reached; `largest` is this one's."""
+    """Module -> largest magnitudes [features] at its input, over all processes; `largest` is this process's part."""
     names = {module: name for name, module in model.named_modules()}
     seen = {names[module]: peaks for module, peaks in largest.items()}
     found: dict[nn.Module, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Costs for a model on disk, where no backward pass is possible: from errors at the experts' outputs."""
+"""Costs for a model on disk, where no backward pass is possible: estimated from errors at the experts' outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["DiskCosts"]
 
 
 class DiskCosts:
-    """Watches what reaches every expert in `modifier`'s calibration pass, and makes costs of it layer by layer.
+    """Watches which tokens reach every expert in `modifier`'s calibration pass, and computes costs layer by layer.
 
     Raises `MoeCollabError` if several processes share the calibration set.
     """
@@ -49,20 +49,20 @@ class DiskCosts:
             modifier.register_hook(layer.experts, partial(self._sensitivity.see, layer, tap), "forward")
 
     def close(self, modules: Iterable[nn.Module]) -> None:
-        """Turn the statistics of the layers whose router is among `modules` into costs, and let them go."""
+        """Turn the statistics of the layers whose router is among `modules` into costs, and free their memory."""
         done = {id(module) for module in modules}
         for layer in self._moe.layers:
             if id(layer.router) in done:
                 self._sensitivity.close(layer)
 
     def table(self, data: Iterable[dict[str, Any]]) -> CostTable:
-        """All costs, in KL, with `data` to learn what errors do to the predictions."""
+        """All costs, in nats of KL per token; the first batches of `data` show what errors do to the predictions."""
         found = propagation(self._model, self._moe, data)
         table = self._sensitivity.finished(found.per_squared_error)
         for name in self._planner.others():
             schemes = packed_options(self._planner)(name)
             weight = self._model.get_submodule(name).weight.detach()
-            # An estimate: the same relative error at the experts' outputs would cost as much.
+            # An estimate: that it costs as much as the same relative error at the experts' outputs.
             errors = [found.per_relative_error * _relative_error(weight, scheme) for scheme in schemes]
             table.add(name, schemes, errors)
         return table

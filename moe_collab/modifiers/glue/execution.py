@@ -1,4 +1,4 @@
-"""A plan carried out on a live model: schemes attached for the quantizers that follow, experts taken out."""
+"""Carries out a plan on a live model: attaches schemes for the quantizers that follow, and drops experts."""
 
 from __future__ import annotations
 

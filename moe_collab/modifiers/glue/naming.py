@@ -1,4 +1,4 @@
-"""What the tensors of a live model will be called, and look like, in the saved checkpoint."""
+"""The names, types and shapes that the tensors of a live model will have in the saved checkpoint."""
 
 from __future__ import annotations
 

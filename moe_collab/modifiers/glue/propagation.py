@@ -1,4 +1,4 @@
-"""What an error at one layer's experts does to the model's predictions: makes costs of layers comparable."""
+"""What an error at one layer's experts does to the model's predictions, by which costs of layers can be compared."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from ...moe_model import MoELayer, MoEModel
 __all__ = ["Propagation", "propagation"]
 
 RELATIVE_NOISE = 0.1
-"""Of the experts' output: small enough for KL to grow with its square, large enough to show above rounding."""
+"""Size of the noise, as a share of the experts' output: small enough for KL to grow with its square, large enough to
+show above rounding."""
 
 MAX_BATCHES = 4
+"""Batches that the noise is tried on."""
 
 
 class Propagation(NamedTuple):
     """KL divergence per token, nats, that errors cause."""
 
     per_squared_error: dict[str, float]
-    """Layer name -> for a unit of squared error per token at the output of its experts."""
+    """Layer name -> KL for a squared error of 1 per token at the output of the layer's experts."""
     per_relative_error: float
-    """For an error as large as the output itself at one layer's experts, the mean of all layers."""
+    """KL for an error at one layer's experts that is as large as their output, mean over all layers."""
 
 
 @torch.no_grad()

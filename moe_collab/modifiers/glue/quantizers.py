@@ -15,9 +15,9 @@ __all__ = ["check_followers", "check_own_pass", "check_rounded"]
 
 
 def check_followers(followers: list[Any], ternary: bool, faithful: bool) -> None:
-    """Raise `MoeCollabError` if no quantizer follows, or one that would undo or could not serve what is allocated.
+    """Raise `MoeCollabError` if no quantizer follows, or one that would override or cannot carry out the allocation.
 
-    `ternary` says whether that is offered, `faithful` whether `FisherGPTQModifier` is among the followers.
+    `ternary` says whether ternary weights are offered, `faithful` whether `FisherGPTQModifier` is among `followers`.
     """
     if ternary and not faithful:
         raise MoeCollabError(
@@ -54,7 +54,7 @@ def check_own_pass() -> None:
 
 
 def check_rounded(model: Any, planner: Planner, followers: list[Any]) -> None:
-    """Raise `MoeCollabError` if a matrix may get fewer bits that no quantizer of `followers` would round.
+    """Raise `MoeCollabError` if there is a matrix that may get fewer bits but that none of `followers` would round.
 
     Stock quantizers round only what their `targets` and `ignore` leave them; `FisherGPTQModifier` rounds whatever has
     a scheme.

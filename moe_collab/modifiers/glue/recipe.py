@@ -32,7 +32,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def modifiers_of_this_pass() -> list[Modifier]:
-    """The recipe's modifiers, in order; within a calibration pass, those that share the pass."""
+    """All modifiers of the recipe, in order; during a calibration pass, only those that share the pass."""
     return list(active_session().lifecycle.recipe.modifiers)
 
 
@@ -55,13 +55,13 @@ def _quantizers(modifiers: list[Modifier]) -> list[Any]:
 
 
 def starves_experts() -> bool:
-    """Whether stock quantizers of this run see only tokens that were routed to an expert, and of some experts none."""
+    """Whether stock quantizers of this run see for each expert only the tokens routed to it, which may be none."""
     return not get_calibrate_all_experts_flag()
 
 
 def is_on_disk(model: torch.nn.Module) -> bool:
     """Whether any of the model's weights are offloaded to disk, where no backward pass reaches them."""
-    nowhere = torch.device("meta")  # of modules without parameters
+    nowhere = torch.device("meta")  # the answer for modules without parameters
     return any(get_offloaded_device(module, nowhere) == "disk" for module in model.modules())
 
 
@@ -76,7 +76,7 @@ def check_layer_patterns(model: Any, key: str, patterns: list[str]) -> None:
 def check_unquantized(model: Any, who: str, schemes: bool = False) -> None:
     """Raise `MoeCollabError` if the model's weights are already quantized (block-fp8, MXFP4, GPTQ, ...).
 
-    With `schemes`, those that a quantizer earlier in the recipe has attached, but not yet rounded to, are welcome.
+    With `schemes`, schemes are allowed that a quantizer earlier in the recipe has attached but not yet rounded to.
     """
     found = getattr(model.config, "quantization_config", None)
     method = None

@@ -1,4 +1,4 @@
-"""From a number of bits to what llm-compressor needs to round a module at it, and to try that out."""
+"""From a `Scheme` to what llm-compressor needs to round a module to it, and rounding to nearest with that."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def attach_scheme(module: Any, scheme: Scheme) -> None:
 
 
 def forget_empty_schemes(model: torch.nn.Module) -> None:
-    """Take away the schemes without weights that quantizers given none attach: AWQModifier trips on them."""
+    """Remove schemes that round neither weights nor activations.
+
+    Quantizers without a scheme of their own attach them, and AWQModifier fails where it finds them.
+    """
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.weights is None and scheme.input_activations is None:
@@ -102,7 +105,7 @@ def round_in_place(module: Any, weight: torch.Tensor) -> None:
 
 @torch.no_grad()
 def snap_to_grid(module: Any) -> None:
-    """Round the weight onto the grid of its scales, as quantizers to nearest leave it to compression to do."""
+    """Round the module's weight onto the grid of its scales; quantizers to nearest leave that step to compression."""
     zero_point = getattr(module, "weight_zero_point", None)
     snapped = fake_quantize(module.weight, module.weight_scale, zero_point, module.quantization_scheme.weights)
     store(module, "weight", snapped)
@@ -148,7 +151,7 @@ def codes_of(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | No
         if is_ternary(scheme):
             return ternary_codes(module.weight, scale), scale, None
         return quantize(module.weight, scale, zero_point, arguments, dtype=torch.int8), scale, zero_point
-    # Saved before: the live module is compressed already.
+    # The model was saved before, which left the live module compressed.
     shape = tuple(module.weight_shape.tolist())
     if is_ternary(scheme):
         return unpack_ternary(module.weight_packed, shape, shape[1] // scale.shape[1]), scale, None

@@ -24,25 +24,29 @@ _HALVES = (("gate_proj", "up_proj"), ("down_proj",))
 
 @dataclass
 class _Seen:
-    """Of one expert: inputs and router weights of the first routed tokens, and how many there were in all."""
+    """What one expert saw: the first tokens routed to it."""
 
     inputs: list[torch.Tensor] = field(default_factory=list)
+    """Parts [tokens, H]."""
     weights: list[torch.Tensor] = field(default_factory=list)
+    """The router's weights of these tokens, in parts [tokens]."""
     kept: int = 0
+    """Tokens that are kept in the two lists."""
     total: int = 0
+    """All tokens that were routed to the expert."""
 
 
 class Sensitivity:
-    """Per expert tensor and scheme: mean over tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2, zero where not routed.
+    """Measures, for each expert tensor and scheme, the mean over all tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2.
 
-    f is the expert, f_b the same with that tensor rounded, g_t the router's weight. Gate and up are one fused matrix,
-    so they are rounded together and share the cost.
+    f is the expert, f_b the same with that tensor rounded, g_t the router's weight, 0 for tokens that are not routed to
+    the expert. Gate and up are one fused matrix, so they are rounded together and get half of the cost each.
     """
 
     def __init__(
         self, rounder: Callable[[torch.Tensor, Scheme], torch.Tensor], options: Callable[[str], Sequence[Scheme]]
     ) -> None:
-        """`options` are the schemes on offer for a matrix by its name."""
+        """`rounder` returns a weight rounded to a scheme; `options` returns the schemes to try for a matrix's name."""
         self._round, self._options = rounder, options
         self._seen: dict[str, list[_Seen]] = {}
         self._layers: dict[str, MoELayer] = {}
@@ -50,7 +54,7 @@ class Sensitivity:
         self._table = CostTable()
 
     def watch(self, layer: MoELayer) -> None:
-        """Begin with one layer."""
+        """Begin to count and keep tokens of `layer`."""
         self._layers[layer.name] = layer
         self._seen[layer.name] = [_Seen() for _ in range(layer.num_experts)]
         self._tokens[layer.name] = 0
@@ -85,7 +89,7 @@ class Sensitivity:
                     self._table.add(name, schemes, [cost / len(half) for cost in costs])
 
     def finished(self, factors: Mapping[str, float]) -> CostTable:
-        """All costs, in KL: squared errors per token at the layer's output times `factors` by layer."""
+        """All costs, in nats of KL per token: squared errors at each layer's output, times `factors` (layer -> KL)."""
         for layer in self._layers.values():
             self.close(layer)
             for name in (name for name, *_ in layer.projections() if name in self._table.costs):
@@ -114,7 +118,7 @@ class Sensitivity:
     def _unseen(
         self, layer: MoELayer, index: int, half: tuple[str, ...], schemes: Sequence[Scheme], _seen: _Seen
     ) -> list[float]:
-        """No token was routed here: a tiny cost still prefers the codes that round the weights best."""
+        """Costs if no token was routed to the expert: tiny ones, which prefer schemes that round the weights better."""
         weights = [getattr(layer.expert(index), p).weight for p in half]
         return [1e-12 * sum(float((w - self._round(w, s)).float().square().mean()) for w in weights) for s in schemes]
 

@@ -1,7 +1,7 @@
-"""Experts that hardly any calibration token reaches: their weights are kept, for stock quantizers zero them.
+"""Keeps the weights of experts that hardly any calibration token reaches, because stock quantizers set them to zero.
 
 GPTQ multiplies by what it has seen of a module's inputs, which for such an expert is nothing. Rounded to nearest from
-its kept weights, the expert is as good as its neighbours.
+the weights kept here, the expert is as good as its neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .schemes import is_sound, round_in_place, snap_to_grid
 __all__ = ["counted_tokens", "keep_starved", "repair_starved", "rescaled"]
 
 _ORIGINALS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
-"""Linear -> its weight before a quantizer came."""
+"""Linear -> a copy of its weight from before any quantizer rounded it."""
 
 
 def keep_starved(moe: MoEModel, routed_tokens: Mapping[str, Sequence[int]]) -> None:
@@ -40,7 +40,7 @@ def keep_starved(moe: MoEModel, routed_tokens: Mapping[str, Sequence[int]]) -> N
 
 
 def rescaled(module: nn.Module, factor: torch.Tensor | float) -> None:
-    """Multiply a kept weight too, when that of its module is multiplied."""
+    """To be called when the weight of `module` has been multiplied by `factor`: does the same to a kept copy of it."""
     if module in _ORIGINALS:
         _ORIGINALS[module] = _ORIGINALS[module] * factor
 
@@ -49,7 +49,7 @@ def repair_starved(model: nn.Module, snap: bool) -> None:
     """Round to nearest, from the weights that were kept, what a quantizer left all zero or not finite.
 
     With `snap`, weights that a quantizer has left to compression to round are first put on the grid of their scales.
-    What cannot be repaired is named in the log; saving will not call it a checkpoint.
+    What cannot be repaired is named in the log, and saving will refuse it.
     """
     repaired, lost = [], []
     for name, module in model.named_modules():

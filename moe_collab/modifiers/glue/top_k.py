@@ -1,4 +1,4 @@
-"""Other numbers of activated experts under trial: what their outputs lack, what that costs, what it saves."""
+"""Trials of other numbers of activated experts: how outputs must be scaled for them, what they cost, what they save."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ Factors = Mapping[int, Mapping[str, float]]
 
 @dataclass
 class OutputMatch:
-    """A layer's routed outputs y at its own number of experts beside those, z, at another: sums over all tokens."""
+    """Compares a layer's routed outputs y, at its own number of activated experts, with those at another number, z."""
 
     cross: float = 0.0
+    """<y, z>, summed over all tokens."""
     square: float = 0.0
+    """<z, z>, summed over all tokens."""
 
     def add(self, own: torch.Tensor, other: torch.Tensor) -> None:
-        """Count `own` and `other` [tokens, hidden]."""
+        """Add the outputs `own` (y) and `other` (z), [tokens, hidden], to the sums."""
         own, other = own.float(), other.float()
         self.cross += float((own * other).sum())
         self.square += float(other.square().sum())
@@ -56,7 +58,7 @@ class OutputMatch:
 
     @property
     def factor(self) -> float:
-        """c of the smallest |y - c z|^2: <y, z> / <z, z>; 1 if nothing was seen.
+        """The number c for which |y - c z|^2 is smallest, <y, z> / <z, z>; 1 if nothing was seen.
 
         Experts partly cancel, so fewer of them, their weights renormalised, put out too much: c < 1. Where weights are
         not renormalised their sum shrinks too, and c is near 1; making up for the whole sum would raise KL.
@@ -111,7 +113,7 @@ def kl_by_top_k(
 
 
 def bytes_per_token(model: Any, moe: MoEModel, top_k: int) -> float:
-    """Bytes of weights that decoding one token reads: all there are, but of routed experts `top_k`, of embeddings none.
+    """Bytes of weights that decoding one token reads: no embeddings, only `top_k` routed experts a layer, all the rest.
 
     Decoding is bound by bandwidth, so the ratio of two such sums estimates a speed-up: for one request at a time, of
     weights as they are stored now, without the KV cache.
@@ -130,7 +132,7 @@ def bytes_per_token(model: Any, moe: MoEModel, top_k: int) -> float:
 
 
 def everyones_factors(seen: Mapping[int, Mapping[str, OutputMatch]]) -> Factors:
-    """The factors by what all processes saw, of which `seen` is this one's part."""
+    """The factors that follow from what all processes saw; `seen` is this process's part of it."""
     total = {top_k: {name: OutputMatch() for name in by_layer} for top_k, by_layer in seen.items()}
     for part in everyones([seen]):
         for top_k, by_layer in part.items():
@@ -140,7 +142,7 @@ def everyones_factors(seen: Mapping[int, Mapping[str, OutputMatch]]) -> Factors:
 
 
 def report_top_k(model: torch.nn.Module, moe: MoEModel, top_k: int, factors: Mapping[str, float]) -> None:
-    """Say what changed, and how much faster a request should decode."""
+    """Log the new number of activated experts, and about how much faster a request should decode."""
     before, after = (bytes_per_token(model, moe, number) for number in (moe.top_k, top_k))
     logger.info(
         "ActivationSmoothModifier: {} -> {} experts activated per token, their outputs multiplied by {:.3f} to {:.3f}. "

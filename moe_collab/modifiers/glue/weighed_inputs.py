@@ -1,4 +1,5 @@
-"""Experts whose inputs the router weighs (Llama 4), called as the experts of all other families are."""
+"""Llama 4 multiplies the inputs of experts by the router's weights, not their outputs; here its experts are called as
+those of all other families are."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ __all__ = ["call_experts_alike"]
 
 
 def call_experts_alike(moe: MoEModel) -> None:
-    """Have MoE blocks of the family hand their experts the weighed tokens, the router's choice, and weights of one.
+    """Have MoE blocks whose router weighs inputs call their experts with weighted tokens, indices and weights of one.
 
-    llm-compressor hands every expert all tokens, those it was not chosen for weighed by zero, and no indices, which
-    neither statistics nor rounding can tell from routed ones. Raises `MoeCollabError` if tokens go to several experts.
+    llm-compressor gives every expert all tokens, multiplied by zero where the expert was not chosen, and no indices:
+    neither statistics nor rounding can tell these tokens from routed ones. Models of other families are left alone.
+    Raises `MoeCollabError` if a token goes to several experts.
     """
     if not moe.family.weighs_inputs:
         return
