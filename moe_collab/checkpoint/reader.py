@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import MoeCollabError
 from ..formats import TERNARY_PACKED, dequantize, unpack, unpack_ternary
+from .atomic import was_cut_off
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
@@ -35,7 +36,10 @@ class Quantized:
 
 
 def check_scales(scale: torch.Tensor, rows: int, columns: int, weights: dict[str, Any]) -> None:
-    """Raise `MoeCollabError` unless `scale` has the shape [rows, groups] and the dtype that the scheme asks for."""
+    """Raise `MoeCollabError` unless `scale` is finite, [rows, groups], and of a floating-point type.
+
+    `weights` is the scheme's entry of that name in config.json; `rows` and `columns` are those of the weight.
+    """
     size = weights.get("group_size")
     groups = columns // size if size and size > 0 else 1
     if tuple(scale.shape) != (rows, groups) or not scale.is_floating_point():
@@ -43,6 +47,15 @@ def check_scales(scale: torch.Tensor, rows: int, columns: int, weights: dict[str
             f"weight_scale is {scale.dtype} {list(scale.shape)}, its scheme in config.json needs a floating-point "
             f"[{rows}, {groups}]."
         )
+    if not torch.isfinite(scale.float()).all():
+        raise MoeCollabError("weight_scale holds NaN or infinity, so the weight would be garbage. Quantize it again.")
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any type holds NaN; types of 8 bits are widened, as torch does not test all of them."""
+    if not tensor.is_floating_point():
+        return False
+    return bool(torch.isnan(tensor if tensor.element_size() > 1 else tensor.float()).any())
 
 
 class Checkpoint:
@@ -53,18 +66,26 @@ class Checkpoint:
         try:
             self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError) as error:
-            raise MoeCollabError(f"{self.path}/config.json: cannot be read ({error}). Is this a checkpoint?") from error
+            hint = "Is this a checkpoint?"
+            if was_cut_off(self.path):
+                hint = "A save was cut off while its files moved in here; the next save into this directory ends it."
+            raise MoeCollabError(f"{self.path}/config.json: cannot be read ({error}). {hint}") from error
         self._files: dict[str, Any] = {}
         self._where: dict[str, Path] = {}
         # The group that names no module but their class, as in uniform checkpoints.
         self._of_linears: dict[str, Any] | None = None
         expected = self._index()
-        # Other files may lie there too: shards of an older save, another format's consolidated weights.
-        files = {self.path / f for f in expected.values()} or set(self.path.glob("*.safetensors"))
-        for file in sorted(files):
+        for file in self._weight_files(expected):
             self._open(file)
         self._check_complete(expected)
         self._patterns = self._compile()
+
+    def _weight_files(self, expected: dict[str, str]) -> list[Path]:
+        """The files that hold this checkpoint; others may lie there too, such as an adapter or consolidated weights."""
+        if expected:
+            return sorted({self.path / file for file in expected.values()})
+        single = self.path / "model.safetensors"
+        return [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
 
     def _open(self, file: Path) -> None:
         try:
@@ -117,6 +138,16 @@ class Checkpoint:
         except SafetensorError as error:
             raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
 
+    def plain_tensor(self, name: str) -> torch.Tensor:
+        """One tensor that is stored as the model computes with it. Raises `MoeCollabError` as `tensor`, or for NaN."""
+        tensor = self.tensor(name)
+        if _has_nan(tensor):
+            raise MoeCollabError(
+                f"{self._where[name]}: tensor {name} holds NaN, so the model would answer with garbage. Make the "
+                "checkpoint again from weights that are finite."
+            )
+        return tensor
+
     def quantized_modules(self) -> list[str]:
         """Names of the modules stored packed."""
         return [n.removesuffix(".weight_packed") for n in self._where if n.endswith(".weight_packed")]
@@ -160,11 +191,14 @@ class Checkpoint:
             else:
                 codes = unpack(packed, bits, (rows, columns))
         except MoeCollabError as error:
-            raise MoeCollabError(f"{module}: {error}") from error
+            raise MoeCollabError(f"{self._where[f'{module}.weight_packed']}: {module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))
 
     def dense_tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """All tensors of the checkpoint's twin, by name, dequantized to `dtype` or else their scales'."""
+        """All tensors of the checkpoint's twin, by name, dequantized to `dtype` or else their scales'.
+
+        Raises `MoeCollabError` naming the tensor and its file if a scale is not finite or a plain tensor holds NaN.
+        """
         packed = set(self.quantized_modules())
         dense = {}
         for name in self._where:
@@ -173,5 +207,5 @@ class Checkpoint:
                 if suffix == "weight_packed":
                     dense[f"{module}.weight"] = self.quantized(module).dequantized(dtype).contiguous()
             else:
-                dense[name] = self.tensor(name)
+                dense[name] = self.plain_tensor(name)
         return dense

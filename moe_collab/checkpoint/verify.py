@@ -9,35 +9,39 @@ from pathlib import Path
 import torch
 
 from ..errors import MoeCollabError
+from .atomic import Rejected
 from .experts import check_experts
 from .reader import SUFFIXES, Checkpoint, Quantized
 
-__all__ = ["Fingerprint", "fingerprint", "tensor_digest", "verify"]
+__all__ = ["Digest", "tensor_digest", "verify", "weight_digest"]
 
-Fingerprint = str
+Digest = str
 """A short digest of a module's codes, scales and zero points, or of an unquantized tensor."""
 
 
-def tensor_digest(tensor: torch.Tensor) -> Fingerprint:
+def tensor_digest(tensor: torch.Tensor) -> Digest:
     """Digest of a tensor's dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def fingerprint(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> Fingerprint:
+def weight_digest(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> Digest:
     """Digest of a quantized weight; `zero_point` None for symmetric schemes."""
     parts = [codes, scale] + ([] if zero_point is None else [zero_point.to(torch.int8)])
     return ".".join(tensor_digest(part) for part in parts)
 
 
-def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[str, Fingerprint]) -> None:
+def verify(directory: Path, expected: Mapping[str, Digest], plain: Mapping[str, Digest]) -> None:
     """Reopen the checkpoint and compare it with what was to be saved.
 
-    `expected`: packed module -> fingerprint; `plain`: unquantized tensor -> digest. Raises `MoeCollabError` that
-    lists the first mismatches by tensor.
+    `expected`: packed module -> digest; `plain`: unquantized tensor -> digest. Raises `Rejected`, which
+    keeps the files out of the way, with the first mismatches by tensor.
     """
-    checkpoint = Checkpoint(directory)
+    try:
+        checkpoint = Checkpoint(directory)
+    except MoeCollabError as error:
+        raise Rejected(str(error)) from error
     problems: list[str] = []
     stored = set(checkpoint.quantized_modules())
     problems += [f"{name}: was quantized but is not stored packed" for name in sorted(expected.keys() - stored)]
@@ -48,7 +52,7 @@ def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[
         except MoeCollabError as error:
             problems.append(str(error))
             continue
-        if fingerprint(weight.codes, weight.scale, weight.zero_point) != expected[name]:
+        if weight_digest(weight.codes, weight.scale, weight.zero_point) != expected[name]:
             problems.append(f"{name}: differs from what the quantizer produced")
         elif problem := _unsound(weight):
             problems.append(f"{name}: {problem}")
@@ -58,14 +62,28 @@ def verify(directory: Path, expected: Mapping[str, Fingerprint], plain: Mapping[
         problems.append(str(error))
     names = set(checkpoint.names())
     problems += _orphans(names, stored) + _unpacked(checkpoint, names, stored)
+    problems += _differing(checkpoint, plain)
+    if problems:
+        listed = "\n  ".join(problems[:10])
+        raise Rejected(
+            f"the written checkpoint is wrong in {len(problems)} places, so it must not be served. Save "
+            f"again; if that fails too, report it.\n  {listed}"
+        )
+
+
+def _differing(checkpoint: Checkpoint, plain: Mapping[str, Digest]) -> list[str]:
+    """What is wrong with the unquantized tensors: missing, not a number, or not what the model has."""
+    problems, names = [], set(checkpoint.names())
     for name, digest in plain.items():
         if name not in names:
             problems.append(f"{name}: is missing")
-        elif tensor_digest(checkpoint.tensor(name)) != digest:
-            problems.append(f"{name}: differs from the model's")
-    if problems:
-        listed = "\n  ".join(problems[:10])
-        raise MoeCollabError(f"the saved checkpoint is wrong in {len(problems)} places; it was discarded:\n  {listed}")
+            continue
+        try:
+            if tensor_digest(checkpoint.plain_tensor(name)) != digest:
+                problems.append(f"{name}: differs from the model's")
+        except MoeCollabError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _orphans(names: set[str], packed: set[str]) -> list[str]:
@@ -83,8 +101,6 @@ def _unpacked(checkpoint: Checkpoint, names: set[str], packed: set[str]) -> list
 
 
 def _unsound(weight: Quantized) -> str | None:
-    if not torch.isfinite(weight.scale).all():
-        return "has scales that are NaN or infinite"
     if not weight.dequantized().any():
         return "is all zero"
     return None

@@ -6,7 +6,7 @@ from ..checkpoint import ternary_packed
 from .activation_smooth import ActivationSmoothModifier
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
-from .glue.compat import survive_missing_torchvision
+from .glue.compat import mend_llm_compressor, survive_missing_torchvision
 from .mixed_bit_alloc import MixedBitAllocModifier
 from .router_calibration import RouterCalibrationModifier
 
@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 survive_missing_torchvision()
+mend_llm_compressor()
 ternary_packed.register()
 for _modifier in (
     ExpertPruningModifier,

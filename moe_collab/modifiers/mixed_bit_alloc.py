@@ -29,7 +29,7 @@ from ..rounding import Rounder
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
 from .glue.compat import keep_attention_causal
-from .glue.data import calibration_batches, check_data
+from .glue.data import calibration_batches, check_data, one_pass
 from .glue.disk_costs import DiskCosts
 from .glue.execution import apply_plan
 from .glue.outline import model_fingerprint, outline_of
@@ -267,7 +267,7 @@ class MixedBitAllocModifier(Modifier):
         model: Any = state.model
         planner, fingerprint = self._planner, model_fingerprint(model)
         if self._disk_costs is not None:
-            table = self._disk_costs.table(state.data.calib or ())
+            table = self._disk_costs.table(one_pass(state))
             found = Decided(planner.cheapest(table), table)
         else:
             # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.

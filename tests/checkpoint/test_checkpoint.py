@@ -1,17 +1,15 @@
 """Reading, verifying and replacing checkpoints, whole and broken."""
 
 import json
-import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from moe_collab import MoeCollabError
-from moe_collab.checkpoint.atomic import replace_directory
 from moe_collab.checkpoint.groups import config_groups
 from moe_collab.checkpoint.reader import Checkpoint
-from moe_collab.checkpoint.verify import fingerprint, tensor_digest, verify
+from moe_collab.checkpoint.verify import tensor_digest, verify, weight_digest
 from moe_collab.formats import dequantize, pack
 
 NAME = "model.layers.0.mlp.experts.0.up_proj"
@@ -19,7 +17,7 @@ NAME = "model.layers.0.mlp.experts.0.up_proj"
 
 @pytest.fixture
 def saved(tmp_path):
-    """(directory, fingerprints, digests, dense weight) of a checkpoint with one 3-bit module."""
+    """(directory, weight digests, digests, dense weight) of a checkpoint with one 3-bit module."""
     torch.manual_seed(0)
     codes = torch.randint(-4, 4, (16, 64)).to(torch.int8)
     scale, zero = torch.rand(16, 2).bfloat16() + 0.1, torch.randint(-4, 4, (16, 2)).to(torch.int8)
@@ -36,7 +34,7 @@ def saved(tmp_path):
     groups = config_groups({NAME: {"weights": weights, "format": "pack-quantized"}})
     config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    prints = {NAME: fingerprint(codes, scale, zero)}
+    prints = {NAME: weight_digest(codes, scale, zero)}
     return tmp_path, prints, {"norm.weight": tensor_digest(plain)}, dequantize(codes, scale, zero)
 
 
@@ -61,7 +59,7 @@ def test_reads_and_verifies(saved):
         ("weight_zero_point", None, "contradicts `symmetric`"),
         ("weight_packed", torch.zeros(16, 3, dtype=torch.int32), "cannot hold 16 x 64 codes of 3 bits"),
         ("weight_packed", torch.zeros(16, 6, dtype=torch.int32), "differs from what the quantizer produced"),
-        ("weight_scale", torch.full((16, 2), float("nan")).bfloat16(), "differs from what the quantizer produced"),
+        ("weight_scale", torch.full((16, 2), float("nan")).bfloat16(), "weight_scale holds NaN or infinity"),
     ],
 )
 def test_a_wrong_tensor_is_named(saved, suffix, value, message):
@@ -85,6 +83,39 @@ def test_scales_that_contradict_the_config_are_named(saved, scale, message):
     with pytest.raises(MoeCollabError, match=message) as error:
         Checkpoint(directory).quantized(NAME)
     assert NAME in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_never_read(saved, bad):
+    directory, *_ = saved
+    scale = load_file(directory / "model.safetensors")[f"{NAME}.weight_scale"]
+    scale[3, 1] = bad
+    change(directory, weight_scale=scale)
+    for read in (lambda: Checkpoint(directory).quantized(NAME), Checkpoint(directory).dense_tensors):
+        with pytest.raises(MoeCollabError, match=r"model\.safetensors: .*weight_scale holds NaN or inf") as error:
+            read()
+        assert NAME in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_plain_tensor_with_nan_is_never_loaded(saved, dtype):
+    directory, prints, digests, _ = saved
+    tensors = load_file(directory / "model.safetensors")
+    tensors["norm.weight"][2, 1] = float("nan")
+    tensors["norm.weight"] = tensors["norm.weight"].to(dtype)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(MoeCollabError, match=r"model\.safetensors: tensor norm\.weight holds NaN"):
+        Checkpoint(directory).dense_tensors()
+    with pytest.raises(MoeCollabError, match=r"tensor norm\.weight holds NaN"):
+        verify(directory, prints, digests)
+
+
+def test_an_infinite_plain_tensor_may_be_meant(saved):
+    directory, *_ = saved
+    tensors = load_file(directory / "model.safetensors")
+    tensors["norm.weight"][2, 1] = -float("inf")  # as in masks
+    save_file(tensors, directory / "model.safetensors")
+    assert Checkpoint(directory).dense_tensors()["norm.weight"].isinf().any()
 
 
 def edit_config(directory, edit):
@@ -152,23 +183,6 @@ def test_only_the_index_files_are_read(saved):
         Checkpoint(directory)
 
 
-def test_a_failed_last_rename_brings_the_old_back(tmp_path, monkeypatch):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "config.json").write_text("old")
-    rename = os.replace
-
-    def failing(source, destination):
-        if str(source).endswith(".partial"):
-            raise OSError("disk")
-        rename(source, destination)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="disk"), replace_directory(target):
-        pass
-    assert (target / "config.json").read_text() == "old"
-
-
 def test_a_changed_plain_tensor_is_named(saved):
     directory, prints, _, _ = saved
     with pytest.raises(MoeCollabError, match=r"norm\.weight: differs"):
@@ -186,32 +200,3 @@ def test_a_truncated_file_is_named(saved):
 def test_no_checkpoint_at_all(tmp_path):
     with pytest.raises(MoeCollabError, match=r"config\.json: cannot be read"):
         Checkpoint(tmp_path)
-
-
-def test_replacing_keeps_the_old_until_the_new_is_complete(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "model.safetensors").write_text("old")
-    (target / "tokenizer.json").write_text("tokenizer")
-    with pytest.raises(RuntimeError), replace_directory(target) as beside:
-        (beside / "model.safetensors").write_text("half")
-        raise RuntimeError
-    assert (target / "model.safetensors").read_text() == "old"
-    with replace_directory(target) as beside:
-        (beside / "model-00001-of-00002.safetensors").write_text("new")
-    assert sorted(f.name for f in target.iterdir()) == ["model-00001-of-00002.safetensors", "tokenizer.json"]
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
-
-
-def test_replacing_recovers_from_a_kill_between_the_renames(tmp_path):
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), replace_directory(tmp_path / "out"):
-        raise RuntimeError
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
-
-
-def test_replacing_a_file_is_refused(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(MoeCollabError, match="a file stands where"), replace_directory(tmp_path / "out"):
-        pass

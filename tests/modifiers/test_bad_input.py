@@ -100,6 +100,18 @@ def test_impossible_budget_says_what_is_needed_and_keeps_the_old_checkpoint(budg
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_output_directory_that_cannot_be_written_is_found_before_calibration(tiny, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    data = samples()
+    data.__class__.__iter__, stock = Untouchable.__iter__, data.__class__.__iter__
+    try:
+        with pytest.raises(MoeCollabError, match="a file stands where the directory should go"):
+            run(tiny("qwen3_moe"), {"ExpertPruningModifier": {"retention": 0.5}}, data=data, output=tmp_path / "out")
+    finally:
+        data.__class__.__iter__ = stock
+    assert (tmp_path / "out").read_text() == "a file"
+
+
 def test_shared_calibration_pass_is_refused(tiny):
     with pytest.raises(MoeCollabError, match="pipeline='independent'"):
         run(tiny("qwen3_moe"), {"MixedBitAllocModifier": ALLOCATE}, QUANTIZE, pipeline="sequential")
@@ -151,7 +163,8 @@ def test_a_save_that_goes_wrong_is_discarded(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "write_quantization_config", spoil)
     with pytest.raises(MoeCollabError, match=r"experts\.2\.up_proj: differs from what the quantizer produced"):
         model.save_pretrained(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / "out" / ".moe-collab-rejected"
+    assert list((tmp_path / "out").iterdir()) == [kept] and (kept / "model.safetensors").exists()
     monkeypatch.undo()
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["format"]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 import moe_collab
@@ -88,6 +89,65 @@ def test_padding_counts_for_nothing(tiny, tmp_path):
     for name, seen in without.items():
         assert torch.equal(seen.tokens, with_padding[name].tokens)
         assert torch.equal(seen.selections, with_padding[name].selections)
+
+
+def padded_rows(count=16):
+    """Rows of 32 tokens, of which the last 4 to 16 are padding, of each row another number."""
+    generator = torch.Generator().manual_seed(7)
+    for index in range(count):
+        ids = torch.randint(0, 250, (32,), generator=generator)
+        mask = (torch.arange(32) < 16 + index % 13).long()
+        yield {"input_ids": torch.where(mask.bool(), ids, 257).tolist(), "attention_mask": mask.tolist()}
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "basic"])
+def test_padding_of_a_shuffled_sample_counts_for_nothing(pipeline, tiny, tmp_path):
+    rows = list(padded_rows(60))
+    model, drawn = load(tiny("qwen3_moe")), set()
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: drawn.update(map(tuple, args[0].tolist())))
+    fingerprint = model_fingerprint(model)
+    fields = {"retention": 0.5, "statistics": str(tmp_path / "seen")}
+    options = {"batch_size": 4, "num_calibration_samples": 12, "pipeline": pipeline}
+    run(model, {"ExpertPruningModifier": fields}, data=Dataset.from_list(rows), **options)
+    _, seen = SavedStatistics.load(tmp_path / "seen", fingerprint)
+    assert len(drawn) == 12
+    real = sum(token != 257 for row in drawn for token in row)
+    for statistics in seen.values():
+        assert float(statistics.tokens.sum()) == real and float(statistics.counts.sum()) == 2 * real
+
+
+def test_domains_of_a_shuffled_sample_of_a_dataset_are_its_rows(tiny, tmp_path):
+    # Even and odd tokens, so that a row that was drawn tells its domain.
+    generator = torch.Generator().manual_seed(9)
+    names = ["even", "odd"] * 20
+    ids = [(torch.randint(0, 120, (16,), generator=generator) * 2 + (name == "odd")).tolist() for name in names]
+    rows = [{"input_ids": row, "domain": name} for row, name in zip(ids, names, strict=True)]
+    model, drawn = load(tiny("qwen3_moe")), set()
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: drawn.update(map(tuple, args[0].tolist())))
+    fingerprint = model_fingerprint(model)
+    fields = {"retention": 0.5, "statistics": str(tmp_path / "seen")}
+    run(model, {"ExpertPruningModifier": fields}, data=Dataset.from_list(rows), num_calibration_samples=9)
+    domains, seen = SavedStatistics.load(tmp_path / "seen", fingerprint)
+    expected = {name: 16.0 * sum(row[0] % 2 == (name == "odd") for row in drawn) for name in ("even", "odd")}
+    assert len(drawn) == 9
+    for statistics in seen.values():
+        assert dict(zip(domains, statistics.tokens.tolist(), strict=True)) == expected
+
+
+def test_domains_that_are_not_known_for_every_row(tiny):
+    ids = torch.arange(8 * 8).view(8, 8)
+    some = [{"input_ids": row} | ({"domain": "rare"} if index % 2 else {}) for index, row in enumerate(ids)]
+    every = [{"input_ids": row, "domain": "common"} for row in ids]
+    collate = lambda part: {"input_ids": torch.stack([row["input_ids"] for row in part])}  # noqa: E731
+    backwards = lambda part: collate(part[::-1])  # noqa: E731
+    packed = lambda part: {"input_ids": collate(part)["input_ids"].view(1, -1)}  # noqa: E731
+    for rows, way, message in (
+        (some, collate, "for some samples only"),
+        (every, backwards, "not the samples' own tokens in their order"),
+        (every, packed, "not the samples' own tokens in their order"),
+    ):
+        with pytest.raises(MoeCollabError, match=message):
+            prune(tiny("qwen3_moe"), data=DataLoader(rows, batch_size=4, collate_fn=way))
 
 
 def by_domain():

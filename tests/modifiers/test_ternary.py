@@ -124,6 +124,6 @@ def test_what_is_not_ternary_is_not_saved(tiny, tmp_path):
     name = "model.layers.0.mlp.experts.3.up_proj"
     module = model.get_submodule(name)
     module.weight.data[5, 64:128] = -2 * module.weight_scale[5, 1]
-    with pytest.raises(MoeCollabError, match=rf"{name}\.weight: not on the grid"):
+    with pytest.raises(MoeCollabError, match=rf"{name}\.weight: not on the grid[\s\S]*nothing was saved"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class DiskCosts:
             if id(layer.router) in done:
                 self._sensitivity.close(layer)
 
-    def table(self, data: Iterable[dict[str, Any]]) -> CostTable:
+    def table(self, data: Iterable[Mapping[str, Any]]) -> CostTable:
         """All costs, in nats of KL per token; the first batches of `data` show what errors do to the predictions."""
         found = propagation(self._model, self._moe, data)
         table = self._sensitivity.finished(found.per_squared_error)

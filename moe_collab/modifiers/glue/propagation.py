@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Propagation(NamedTuple):
 
 
 @torch.no_grad()
-def propagation(model: torch.nn.Module, moe: MoEModel, data: Iterable[dict[str, Any]]) -> Propagation:
+def propagation(model: torch.nn.Module, moe: MoEModel, data: Iterable[Mapping[str, Any]]) -> Propagation:
     """What errors at the experts of each layer do to the model's predictions.
 
     One forward pass per layer over the first batches, with Gaussian noise of a tenth of the output's norm added to that
@@ -84,7 +84,7 @@ class _Noise:
         self._handle.remove()
 
 
-def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+def _inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     names = ("input_ids", "attention_mask")
     return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
 

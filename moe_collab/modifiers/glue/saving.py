@@ -1,36 +1,45 @@
-"""`save_pretrained` made safe: right config, compact targets, written beside, verified, then renamed."""
+"""`save_pretrained` made safe: right config, compact targets, companion files, written aside, verified, then moved."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.offload import from_accelerate
 from loguru import logger
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ...allocation.budget import format_bytes
-from ...checkpoint.atomic import replace_directory
+from ...checkpoint.atomic import Rejected, check_output_directory, replace_directory
+from ...checkpoint.companions import copy_companions, source_directory
 from ...checkpoint.groups import write_quantization_config
-from ...checkpoint.verify import Fingerprint, fingerprint, tensor_digest, verify
-from ...distributed import is_source_process
+from ...checkpoint.verify import verify
+from ...distributed import is_distributed, is_source_process
 from ...errors import MoeCollabError
 from ...moe_model import describe
 from ...plan import CompressionPlan
 from ...pruning import check_masks
 from ...pruning.surgery import sync_config
-from .naming import checkpoint_names, use_checkpoint_names
-from .schemes import codes_of, is_sound
+from .compat import output_directory
+from .naming import use_checkpoint_names
+from .snapshot import Snapshot, snapshot_of
 
 __all__ = ["expect_plan", "install_save"]
 
 
-def install_save(model: torch.nn.Module) -> None:
-    """Wrap `model.save_pretrained`, once; what `oneshot(output_dir=...)` and users call both go through it."""
+def install_save(model: Any) -> None:
+    """Wrap `model.save_pretrained`, once; what `oneshot(output_dir=...)` and users call both go through it.
+
+    The checkpoint appears in the directory complete and verified, or not at all. What is refused after it was written
+    is kept in `.moe-collab-rejected` inside the directory, and the `MoeCollabError` says so. Called before calibration,
+    it raises `MoeCollabError` if the directory that oneshot() was given cannot be written.
+    """
+    if directory := output_directory():
+        check_output_directory(directory)
     if getattr(model.save_pretrained, "_moe_collab", False):
         return
     use_checkpoint_names(model)
@@ -42,18 +51,11 @@ def install_save(model: torch.nn.Module) -> None:
             sync_config(model, describe(model))
             inner(str(save_directory), *args, **kwargs)  # joins the others, and writes nothing
             return
-        expected, schemes, plain = _snapshot(model)
-        digests = _plain_digests(model)
-        with replace_directory(Path(save_directory)) as beside:
-            moe = describe(model)
-            check_masks(moe)
-            counts = sync_config(model, moe)
-            inner(str(beside), *args, **kwargs)
-            _patch_config(beside / "config.json", counts, moe.family.architecture)
-            if schemes and kwargs.get("save_compressed", True):
-                write_quantization_config(beside, schemes, plain)
-                verify(beside, expected, digests)
-                _check_size(beside, getattr(model, _PLAN, None))
+        with replace_directory(save_directory) as staged:
+            snapshot = snapshot_of(model)
+            _write(model, snapshot, staged, lambda: inner(str(staged), *args, **kwargs))
+            _check(model, snapshot, staged, compressed=kwargs.get("save_compressed", True))
+        _warn_of_neighbours(Path(save_directory))
 
     # llm-compressor wraps again whatever does not carry this mark.
     save_pretrained._overridden = save_pretrained._moe_collab = True  # type: ignore[attr-defined]
@@ -68,41 +70,80 @@ def expect_plan(model: torch.nn.Module, plan: CompressionPlan) -> None:
     setattr(model, _PLAN, plan)
 
 
-def _snapshot(model: torch.nn.Module) -> tuple[dict[str, Fingerprint], dict[str, dict[str, Any]], list[str]]:
-    """(fingerprints, schemes, unquantized Linear names) of the live model, by checkpoint name."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    names = checkpoint_names(model, list(linears))
-    expected, schemes, plain = {}, {}, []
-    for name, module in linears.items():
-        scheme = getattr(module, "quantization_scheme", None)
-        if scheme is None or scheme.weights is None:
-            plain.append(names[name])
-            continue
-        expected[names[name]] = _fingerprint(name, module)
-        schemes[names[name]] = _scheme(scheme)
-    return expected, schemes, plain
+def _write(model: Any, snapshot: Snapshot, staged: Path, write: Any) -> None:
+    """Write weights, the corrected config, and what belongs to the model beside them into `staged`."""
+    moe = describe(model)
+    check_masks(moe)
+    counts = sync_config(model, moe)
+    _forget_older_save(model)
+    try:
+        with _usable_after_failure(model):
+            write()
+    except MoeCollabError as error:
+        if not snapshot.unsound:
+            raise
+        raise MoeCollabError(
+            f"{_listed(snapshot.unsound)}\nSuch a checkpoint could not even be written, so nothing was saved: {error}"
+        ) from error
+    _patch_config(staged / "config.json", counts, moe.family.architecture)
+    origin = getattr(model.config, "_name_or_path", "")
+    source = source_directory(origin, getattr(model.config, "_commit_hash", None))
+    if source is None:
+        logger.warning("{!r} is no local directory: no tokenizer or licence was copied from there", origin)
+    else:
+        copy_companions(source, staged)
 
 
-def _plain_digests(model: torch.nn.Module) -> dict[str, Fingerprint]:
-    """Checkpoint name -> digest of every tensor that is saved as it is."""
-    skipped = {n for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
-    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    kept = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in skipped}
-    return {name: tensor_digest(tensor) for name, tensor in revert_weight_conversion(model, kept).items()}
+def _check(model: Any, snapshot: Snapshot, staged: Path, compressed: bool) -> None:
+    """Raise `Rejected`, which keeps the files out of the way, if they are not what the model is."""
+    if snapshot.unsound:
+        snapshot.remember_unsound()
+        raise Rejected(
+            f"{_listed(snapshot.unsound)}\nThe live model is packed now and cannot be repaired: load it again, "
+            "quantize these modules or name them in `ignore`, and save. What was written must not be served; its other "
+            "tensors are good."
+        )
+    if not snapshot.schemes:
+        verify(staged, {}, snapshot.plain)
+    elif compressed:
+        write_quantization_config(staged, snapshot.schemes, snapshot.unquantized)
+        verify(staged, snapshot.quantized, snapshot.plain)
+        _check_size(staged, getattr(model, _PLAN, None))
 
 
-def _scheme(scheme: QuantizationScheme) -> dict[str, Any]:
-    described = scheme.model_dump(mode="json", exclude={"targets"})
-    described["format"] = described.get("format") or "pack-quantized"
-    return described
+def _listed(unsound: Mapping[str, str]) -> str:
+    first = "\n  ".join(f"{name}: {complaint}" for name, complaint in list(unsound.items())[:5])
+    more = f"\n  and {len(unsound) - 5} more" if len(unsound) > 5 else ""
+    return f"{len(unsound)} quantized weights are not what a quantizer makes:\n  {first}{more}"
 
 
-@torch.no_grad()
-def _fingerprint(name: str, module: torch.nn.Linear) -> Fingerprint:
-    """What the quantizer produced: integer codes, scales, zero points."""
-    if not hasattr(module, "weight_packed") and not is_sound(module):
-        raise MoeCollabError(f"{name}.weight: not on the grid of its scales; was it quantized? Nothing was saved.")
-    return fingerprint(*codes_of(module))
+def _forget_older_save(model: Any) -> None:
+    """Remove the hook that unpacks the model before its next forward pass: llm-compressor adds one in each save.
+
+    It forgets all but the newest, and the second to run would find nothing packed and raise KeyError.
+    """
+    if hook := getattr(model, "ct_decompress_hook", None):
+        hook.remove()
+        del model.ct_decompress_hook
+
+
+@contextmanager
+def _usable_after_failure(model: Any) -> Iterator[None]:
+    """Give the model its offloading back if llm-compressor, which changes it to save, does not come to do so."""
+    try:
+        yield
+    except BaseException:
+        if hasattr(model, "hf_device_map") and not is_distributed():
+            from_accelerate(model)
+        raise
+
+
+def _warn_of_neighbours(directory: Path) -> None:
+    """Name weights of others that vLLM would read too: without an index it takes every *.safetensors for a shard."""
+    if (directory / "model.safetensors.index.json").exists():
+        return
+    if others := sorted(file.name for file in directory.glob("*.safetensors") if file.name != "model.safetensors"):
+        logger.warning("{}: vLLM would read {} as part of the checkpoint; move them elsewhere", directory, others)
 
 
 def _patch_config(path: Path, counts: dict[str, int], architecture: str | None) -> None:
@@ -125,7 +166,7 @@ def _check_size(directory: Path, plan: CompressionPlan | None) -> None:
             "the checkpoint is {}, the plan predicted {}", format_bytes(size), format_bytes(plan.predicted_bytes)
         )
     if plan.budget_bytes is not None and size > plan.budget_bytes:
-        raise MoeCollabError(
-            f"{directory}: the checkpoint is {format_bytes(size)}, over the budget of "
+        raise Rejected(
+            f"the checkpoint is {format_bytes(size)}, over the budget of "
             f"{format_bytes(plan.budget_bytes)}. Save with the default max_shard_size."
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from llmcompressor.modifiers import Modifier
 
 from ...distributed import everyones
 from ...errors import MoeCollabError
+from .data import digest, one_pass, row_indices
 
 __all__ = ["TokenTags"]
 
@@ -20,37 +22,42 @@ _PADDING = -1
 class TokenTags:
     """The domain of each token of the current batch.
 
-    Batches come in whatever order the pipeline draws them, layer by layer; a row is known by its token ids. A sample's
-    domain is its `domain` in the data loader's dataset, which the collator may drop.
+    A pipeline may run one layer on all batches before it runs the next, so tags are kept by the index of the batch.
+    A digest of each batch's tokens shows that the model is run on what was tagged. A sample's domain is its `domain`
+    in the data loader's dataset, which the collator may drop.
     """
 
     def __init__(self, modifier: Modifier, model: Any, loader: Any) -> None:
-        self._rows: dict[bytes, torch.Tensor] = {}
-        self._batches: dict[int, torch.Tensor] = {}
-        named = dict(_named(getattr(loader, "dataset", ())))
-        self.domains: list[str] = list(dict.fromkeys(everyones(list(dict.fromkeys(named.values()))))) or [""]
-        for batch in loader:
-            ids = torch.as_tensor(batch["input_ids"]).cpu()
-            mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).cpu().bool()
-            for row, valid in zip(ids, mask, strict=True):
-                domain = self.domains.index(self._domain(named, row[valid]))
-                self._rows[_key(row)] = torch.where(valid, domain, _PADDING)
-        modifier.register_hook(model.get_input_embeddings(), self._remember, "forward_pre")
+        self._digests: list[bytes] = []
+        self._checked: set[int] = set()
+        masks: list[torch.Tensor] = []
+        names: list[list[str | None]] = []
+        next_samples = _sample_reader(loader)
+        for batch in one_pass(active_session().state):
+            ids, mask = _ids_and_mask(batch)
+            self._digests.append(digest(batch))
+            masks.append(mask)
+            names.append(_domain_names(next_samples(len(ids)), ids, mask))
+        own = dict.fromkeys(name for rows in names for name in rows if name is not None)
+        found = list(dict.fromkeys(everyones(list(own))))
+        self.domains: list[str] = found or [""]
+        self._tags = [_tags(mask, rows, found) for mask, rows in zip(masks, names, strict=True)]
+        check: Any = self._check
+        modifier.register_hook(model.get_input_embeddings(), check, "forward_pre")
 
-    def _domain(self, named: Mapping[bytes, str], ids: torch.Tensor) -> str:
-        if not named:
-            return self.domains[0]
-        if (found := named.get(_key(ids))) is None:
-            raise MoeCollabError(
-                "the calibration set names a `domain` for some samples only, or its collator changes the tokens. Name "
-                "one for every sample, or for none."
-            )
-        return found
+    def _check(self, _module: torch.nn.Module, args: tuple) -> None:
+        index = active_session().state.current_batch_idx
+        if not 0 <= index < len(self._digests) or digest({"input_ids": args[0]}) != self._digests[index]:
+            raise self._other_tokens(index)
+        self._checked.add(index)
 
-    def _remember(self, _module: torch.nn.Module, args: tuple) -> None:
-        ids = args[0].cpu()
-        plain = torch.zeros(ids.shape[-1], dtype=torch.long)
-        self._batches[_batch()] = torch.cat([self._rows.get(_key(row), plain) for row in ids])
+    def _other_tokens(self, index: int) -> MoeCollabError:
+        return MoeCollabError(
+            f"the model is run on other tokens, as calibration batch {index} of {len(self._digests)}, than were looked "
+            "at for their padding and domains. The data draws at random, so that each pass sees other tokens, or "
+            "another modifier of a shared calibration pass runs the model too. Give oneshot() a list of tokenized "
+            "samples or a datasets.Dataset, and leave `pipeline` at 'independent'."
+        )
 
     @property
     def valid(self) -> torch.Tensor:
@@ -60,21 +67,66 @@ class TokenTags:
     @property
     def current(self) -> torch.Tensor:
         """Domain of each token of the current batch, [tokens]; -1 for padding."""
-        return self._batches[_batch()]
+        index = active_session().state.current_batch_idx
+        if index not in self._checked:
+            raise self._other_tokens(index)
+        return self._tags[index].long()
 
 
-def _batch() -> int:
-    return active_session().state.current_batch_idx
+def _ids_and_mask(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's tokens and which of them are no padding, both [rows, length]."""
+    ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"]).cpu())
+    mask = torch.atleast_2d(torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).cpu().bool())
+    if ids.shape != mask.shape:
+        raise MoeCollabError(
+            f"a calibration batch has an `attention_mask` of shape {list(mask.shape)} for `input_ids` of shape "
+            f"{list(ids.shape)}, so nobody knows which tokens are padding. Give both the shape [rows, length]."
+        )
+    return ids, mask
 
 
-def _named(samples: Iterable) -> Iterable[tuple[bytes, str]]:
-    for sample in samples:
-        if not isinstance(sample, Mapping) or sample.get("domain") is None:
-            continue
-        ids = torch.as_tensor(sample["input_ids"])
-        mask = torch.as_tensor(sample.get("attention_mask", torch.ones_like(ids))).bool()
-        yield _key(ids[mask]), str(sample["domain"])
+def _sample_reader(loader: Any) -> Callable[[int], list[Any]]:
+    """A function that gives the dataset's samples of the next batch, which has so many rows.
+
+    Only sampled rows are touched. Where the loader's order is not known, they are taken as the dataset comes.
+    """
+    indices = row_indices(loader)
+    if indices is None:
+        stream = iter(getattr(loader, "dataset", ()))
+        return lambda count: list(islice(stream, count))
+    batches = iter(indices)
+    return lambda _count: [loader.dataset[index] for index in next(batches)]
 
 
-def _key(ids: torch.Tensor) -> bytes:
-    return ids.long().numpy().tobytes()
+def _domain_names(samples: Sequence[Any], ids: torch.Tensor, mask: torch.Tensor) -> list[str | None]:
+    """The `domain` of each row of a batch, by the samples it was made of; None where there is none."""
+    named = [sample.get("domain") if isinstance(sample, Mapping) else None for sample in samples]
+    if all(name is None for name in named):
+        return [None] * len(ids)
+    if len(named) != len(ids) or not all(map(_is_made_of, ids, mask, samples)):
+        raise MoeCollabError(
+            "the calibration samples name a `domain`, but the collator gives rows that are not the samples' own tokens "
+            "in their order, so nobody knows which row is of which domain. Use a collator that only pads and truncates."
+        )
+    return [None if name is None else str(name) for name in named]
+
+
+def _is_made_of(ids: torch.Tensor, mask: torch.Tensor, sample: Mapping[str, Any]) -> bool:
+    """Whether a row holds the sample's tokens, of which either may be cut off at the beginning or at the end."""
+    if "input_ids" not in sample:
+        return True
+    own = torch.as_tensor(sample["input_ids"]).flatten()
+    own = own[torch.as_tensor(sample.get("attention_mask", torch.ones_like(own))).flatten().bool()]
+    row = ids[mask]
+    common = min(len(own), len(row))
+    return torch.equal(own[:common], row[:common]) or torch.equal(own[-common:], row[-common:])
+
+
+def _tags(mask: torch.Tensor, names: Sequence[str | None], domains: Sequence[str]) -> torch.Tensor:
+    """The domain's index for each token, -1 for padding: [tokens], two bytes each."""
+    if domains and None in names:
+        raise MoeCollabError(
+            "the calibration set names a `domain` for some samples only. Name one for every sample, or for none."
+        )
+    indices = torch.tensor([domains.index(name) if name is not None else 0 for name in names], dtype=torch.int16)
+    return torch.where(mask, indices[:, None], _PADDING).to(torch.int16).flatten()
