@@ -134,6 +134,11 @@ class SavedStatistics(BaseModel):
             replace_text(partial / _FILES[0], self.model_dump_json(indent=1) + "\n")
             (partial / _FILES[1]).write_bytes(save(tensors))
 
+    @staticmethod
+    def exist(folder: str | Path) -> bool:
+        """Whether statistics were written into `folder`, and completely."""
+        return (Path(folder) / _FILES[0]).exists()
+
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str) -> tuple[list[str], dict[str, ExpertStatistics]]:
         """(domains, layer name -> statistics). Raises `MoeCollabError` if unreadable or of another model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -20,6 +21,10 @@ _DROP_ROUNDS = 4
 """How often the costs of losing experts are measured, each time with the last decision's experts gone."""
 _REVERSALS = 8
 """Attempts to keep `max_kl`, each with a lower limit on the costs than the last."""
+_BISECTIONS = 4
+"""Further attempts between the limit that kept it and the last one that did not."""
+_CLOSE = 1.1
+"""Two limits whose ratio is no larger are not bisected: the sizes that they lead to differ by a percent."""
 
 
 class Measurements(Protocol):
@@ -115,15 +120,38 @@ def _against_uniform(planner: Planner, measured: Measurements, found: Decided) -
 def _smallest(planner: Planner, measured: Measurements, table: CostTable) -> Decided:
     """The smallest decision whose KL on held-out tokens is at most `max_kl`.
 
-    The sum of costs only predicts that KL: where the measured KL is too large, a decision with a lower sum is made.
+    The sum of costs only predicts that KL. So a limit on the sum is lowered until the measured KL is small enough, and
+    then raised again by bisection, up to where it is just small enough.
     """
-    allowed = limit = planner.request.max_kl
-    assert allowed is not None and limit is not None
+    allowed = planner.request.max_kl
+    assert allowed is not None
+    found, kept, missed = _first_that_keeps(planner, measured, table, allowed)
+    for _ in range(_BISECTIONS):
+        if not kept < missed / _CLOSE:
+            break
+        limit = 1.5 * kept if math.isinf(missed) else math.sqrt(kept * missed)
+        decision = planner.cheapest(table, limit=limit)
+        if decision == found.decision:
+            break
+        kl = measured.kl(decision)
+        if kl <= allowed:
+            found, kept = Decided(decision, table, kl), limit
+        else:
+            missed = limit
+    return found
+
+
+def _first_that_keeps(
+    planner: Planner, measured: Measurements, table: CostTable, allowed: float
+) -> tuple[Decided, float, float]:
+    """(a decision with a measured KL of at most `allowed`, the limit on its sum of costs, the last limit that failed)."""
+    limit, missed = allowed, math.inf
     for _ in range(_REVERSALS):
         decision = planner.cheapest(table, limit=limit)
         if (kl := measured.kl(decision)) <= allowed:
-            return Decided(decision, table, kl)
+            return Decided(decision, table, kl), limit, missed
         # Routing flips make the measured KL grow more slowly than the sum of costs.
+        missed = limit
         limit *= 0.9 * (allowed / kl) ** 1.5
     raise MoeCollabError(
         f"{planner.request.key('max_kl')}: {allowed} was still missed, at {kl:.4f}, after {_REVERSALS} attempts. "

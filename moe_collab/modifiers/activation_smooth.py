@@ -30,9 +30,10 @@ from .glue.channel_scales import (
 )
 from .glue.compat import keep_attention_causal
 from .glue.data import calibration_batches, check_data
-from .glue.recipe import check_layer_patterns, check_unquantized, is_on_disk, modifiers_of_this_pass
+from .glue.recipe import check_layer_patterns, check_unquantized, is_on_disk, modifiers_of_this_pass, rounds_to_nearest
 from .glue.routing_tap import RoutingTap
 from .glue.saving import install_save
+from .glue.starved import repair_starved
 from .glue.top_k import Factors, OutputMatch, everyones_factors, kl_by_top_k, output_at, report_top_k
 from .glue.weighed_inputs import call_experts_alike
 
@@ -221,6 +222,11 @@ class ActivationSmoothModifier(Modifier):
         for rescaling in rescalings:
             rescaling.apply()
         set_top_k(moe, top_k)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Put weights on the grid of their scales where a stock quantizer has left that to compression."""
+        repair_starved(state.model, snap=rounds_to_nearest())
+        return True
 
     def _choose(self, state: State, moe: MoEModel, factors: Factors) -> int:
         if self.max_kl is None:

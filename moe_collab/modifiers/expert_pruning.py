@@ -15,6 +15,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from ..checkpoint.atomic import check_output_directory
 from ..coverage import warn_of_seldom_reached
 from ..distributed import agreed, is_source_process, sum_up
 from ..errors import MoeCollabError
@@ -33,7 +34,7 @@ from ..statistics import ExpertStatistics, SavedStatistics
 from .glue.compat import keep_attention_causal
 from .glue.data import check_data
 from .glue.outline import model_fingerprint
-from .glue.recipe import check_layer_patterns, check_unquantized
+from .glue.recipe import check_layer_patterns, check_unquantized, rounds_to_nearest
 from .glue.routing_tap import RoutingTap
 from .glue.saving import install_save
 from .glue.starved import keep_starved, repair_starved
@@ -115,6 +116,8 @@ class ExpertPruningModifier(Modifier):
             self._check_form(len(describe(state.model).layers))
         if ":" in self.criterion:
             self._own_function()
+        if self.statistics:
+            check_output_directory(self.statistics)
         keep_attention_causal(state.model)
         install_save(state.model)
         return True
@@ -143,7 +146,7 @@ class ExpertPruningModifier(Modifier):
             logger.info("ExpertPruningModifier: all {} experts are kept, nothing to do", self._num_kept)
             return
         self._fingerprint = model_fingerprint(state.model)
-        if self.statistics and Path(self.statistics).exists():
+        if self.statistics and SavedStatistics.exist(self.statistics):
             domains, self._seen = SavedStatistics.load(self.statistics, self._fingerprint)
             self._check_domains(domains)
             logger.info("ExpertPruningModifier: reusing {}", self.statistics)
@@ -204,7 +207,7 @@ class ExpertPruningModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Round to nearest what a stock quantizer zeroed: experts that no calibration token was routed to."""
-        repair_starved(state.model, snap=False)
+        repair_starved(state.model, snap=rounds_to_nearest())
         return True
 
     def _save(self, seen: Mapping[str, ExpertStatistics]) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
@@ -34,7 +33,7 @@ from .glue.disk_costs import DiskCosts
 from .glue.execution import apply_plan
 from .glue.outline import model_fingerprint, outline_of
 from .glue.quantizers import check_followers, check_own_pass, check_rounded
-from .glue.recipe import check_unquantized, is_on_disk, modifiers_of_this_pass, quantizers_after
+from .glue.recipe import check_unquantized, is_on_disk, modifiers_of_this_pass, quantizers_after, rounds_to_nearest
 from .glue.saving import install_save
 from .glue.starved import repair_starved
 from .glue.weighed_inputs import call_experts_alike
@@ -100,7 +99,6 @@ class MixedBitAllocModifier(Modifier):
     _planner: Planner | None = PrivateAttr(None)
     _disk_costs: DiskCosts | None = PrivateAttr(None)
     _fisher: list[FisherGPTQModifier] = PrivateAttr(default_factory=list)
-    _to_nearest: bool = PrivateAttr(False)
     _reused: CompressionPlan | None = PrivateAttr(None)
 
     @field_validator("bits", mode="before")
@@ -191,7 +189,6 @@ class MixedBitAllocModifier(Modifier):
         check_data(state, "MixedBitAllocModifier")
         followers = quantizers_after(self)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
-        self._to_nearest = any(isinstance(follower, QuantizationModifier) for follower in followers)
         check_followers(followers, TERNARY in self.bits, bool(self._fisher))
         self._check_passes(model)
         planner = self.planner(model)
@@ -295,5 +292,5 @@ class MixedBitAllocModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Round to nearest what GPTQ could not: experts that no calibration token was routed to."""
-        repair_starved(state.model, snap=self._to_nearest)
+        repair_starved(state.model, snap=rounds_to_nearest())
         return True

@@ -65,11 +65,11 @@ def test_max_kl_alone_finds_the_smallest_that_keeps_it(tiny, tmp_path):
     fields = {"bits": [2, 4, 8, 16], "costs": str(tmp_path / "costs.json")}
     found, _ = allocate(tmp_path, tiny("qwen3_moe"), out="found", max_kl=0.05, **fields)
     assert found.heldout_kl <= 0.05
-    # By the sum of costs nothing smaller is as good; what is measured is no sum, and is known to within a tenth.
+    # By the sum of costs nothing smaller is as good; what is measured is no sum, and is known to within a twentieth.
     below, _ = allocate(tmp_path, tiny("qwen3_moe"), out="below", budget=found.predicted_bytes - 1, **fields)
     assert below.predicted_kl > found.predicted_kl
-    tenth, _ = allocate(tmp_path, tiny("qwen3_moe"), out="tenth", budget=int(0.9 * found.predicted_bytes), **fields)
-    assert tenth.heldout_kl > 0.05
+    less, _ = allocate(tmp_path, tiny("qwen3_moe"), out="less", budget=int(0.95 * found.predicted_bytes), **fields)
+    assert less.heldout_kl > 0.05
 
 
 def test_a_missed_max_kl_is_an_error_and_leaves_nothing(tiny, tmp_path):

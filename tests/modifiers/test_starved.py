@@ -80,3 +80,10 @@ def test_nothing_is_copied_where_every_expert_sees_every_token(path):
     run(model, {"ExpertPruningModifier": {"retention": 0.75}}, GPTQ)
     kept += [module for module in model.modules() if module in starved._ORIGINALS]
     assert not kept and torch.isfinite(next(model.parameters())).all()
+
+
+@pytest.mark.parametrize("modifier", [{"ExpertPruningModifier": {"retention": 0.75}}, {"ActivationSmoothModifier": {}}])
+def test_rounding_to_nearest_after_any_of_ours_is_saved(modifier, path, tmp_path):
+    nearest = {"QuantizationModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}}
+    run(path, modifier, nearest, output=tmp_path / "out")
+    assert Checkpoint(tmp_path / "out").quantized_modules()

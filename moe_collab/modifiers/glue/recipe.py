@@ -12,6 +12,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import active_session
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 
 from ...allocation.patterns import nothing_matches
@@ -25,6 +26,7 @@ __all__ = [
     "modifiers_of_this_pass",
     "quantizers_after",
     "quantizers_before",
+    "rounds_to_nearest",
     "starves_experts",
 ]
 
@@ -57,6 +59,11 @@ def _quantizers(modifiers: list[Modifier]) -> list[Any]:
 def starves_experts() -> bool:
     """Whether stock quantizers of this run see for each expert only the tokens routed to it, which may be none."""
     return not get_calibrate_all_experts_flag()
+
+
+def rounds_to_nearest() -> bool:
+    """Whether `QuantizationModifier` is in the recipe, which leaves it to compression to round the weights."""
+    return any(isinstance(modifier, QuantizationModifier) for modifier in modifiers_of_this_pass())
 
 
 def is_on_disk(model: torch.nn.Module) -> bool:
