@@ -144,7 +144,7 @@ def _smallest(planner: Planner, measured: Measurements, table: CostTable) -> Dec
 def _first_that_keeps(
     planner: Planner, measured: Measurements, table: CostTable, allowed: float
 ) -> tuple[Decided, float, float]:
-    """(a decision with a measured KL of at most `allowed`, the limit on its sum of costs, the last limit that failed)."""
+    """(a decision with a measured KL of at most `allowed`, the limit on its sum of costs, the last that failed)."""
     limit, missed = allowed, math.inf
     for _ in range(_REVERSALS):
         decision = planner.cheapest(table, limit=limit)
