@@ -69,8 +69,7 @@ def group_items(outline: ModelOutline, matrices: Mapping[str, Matrix], request: 
         half = "down" if matrix.projection == "down_proj" else "gate_up"
         part = half if request.granularity == "projection" else ""
         if request.fixed_bits(matrix) is not None:
-            # Gate and up are one fused matrix, so they share their scheme here too.
-            part = f"{matrix.expert}.{half}"
+            part = f"{half}, fixed"
         together = "" if request.granularity == "layer" else f"{matrix.expert}.{half}"
         item = str(matrix.expert) if request.pruning != "none" else together
         by_layer.setdefault(layer, {}).setdefault(item, {}).setdefault(part, []).append(name)

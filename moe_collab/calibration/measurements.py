@@ -57,10 +57,8 @@ class LiveMeasurements:
         key = description_digest(
             {
                 "model": self._fingerprint,
-                "schemes": sorted(map(str, planner.request.schemes())),
-                "fixed": list(planner.request.fixed),
+                "options": {name: sorted(map(str, planner.table.options(name))) for name in planner.matrices},
                 "rounder": str(self._rounder),
-                "others": sorted(others),
             }
         )
         if file and Path(file).exists():

@@ -12,6 +12,7 @@ checkpoint is used, while a file too many does no harm. Left out are what descri
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -76,11 +77,15 @@ def copy_companions(source: Path, staged: Path) -> list[str]:
         name = file.relative_to(source)
         if (staged / name).exists():
             continue
-        if file.stat().st_size > _LARGEST:
-            logger.warning("{} was not copied into the checkpoint: it has more than {} MiB", file, _LARGEST >> 20)
+        try:
+            if file.stat().st_size > _LARGEST:
+                logger.warning("{} was not copied into the checkpoint: it has more than {} MiB", file, _LARGEST >> 20)
+                continue
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, staged / name)  # not its mode: files of the hub's cache may be read-only
+        except PermissionError as error:  # no reason to lose a finished checkpoint
+            logger.warning("{} was not copied into the checkpoint: {}", file, error)
             continue
-        (staged / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, staged / name)  # not its mode: files of the hub's cache may be read-only
         copied.append(str(name))
     return copied
 
@@ -112,6 +117,8 @@ def _is_part(folder: Path, custom_code: bool) -> bool:
     """
     if folder.name == _TEMPLATES:
         return True
+    if not os.access(folder, os.R_OK | os.X_OK):  # such as lost+found, where the model lies at the root of a disk
+        return False
     if any(file.suffix.lower() in _WEIGHTS for file in folder.iterdir()):
         return False
     return any((folder / name).exists() for name in _OF_PROCESSOR) or (custom_code and any(folder.glob("*.py")))

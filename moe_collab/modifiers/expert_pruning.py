@@ -116,7 +116,7 @@ class ExpertPruningModifier(Modifier):
             self._check_form(len(describe(state.model).layers))
         if ":" in self.criterion:
             self._own_function()
-        if self.statistics:
+        if self.statistics and is_source_process() and not SavedStatistics.exist(self.statistics):
             check_output_directory(self.statistics)
         keep_attention_causal(state.model)
         install_save(state.model)
@@ -164,7 +164,8 @@ class ExpertPruningModifier(Modifier):
         if self.protect and domains == [""]:
             raise MoeCollabError(
                 "ExpertPruningModifier.protect: no sample of the calibration set names its `domain`. Name them in the "
-                "dataset, or leave `protect` out."
+                "dataset, or leave `protect` out. Of a dataset of `text` or `messages` llm-compressor drops all other "
+                "columns: tokenize it first."
             )
 
     def _see(self, name: str, _module: torch.nn.Module, _args: tuple, _output: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme, disable_quantization
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, disable_quantization
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -94,6 +94,8 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         for name, grid in found.items():
             _write(model.get_submodule(name), grid)
         self.end_calibration(model)
+        for name in found:  # what `ignore` names was rounded too, if MixedBitAllocModifier gave it a scheme
+            model.get_submodule(name).quantization_status = QuantizationStatus.FROZEN
         self._lessons = None
         logger.info("FisherGPTQModifier: rounded {} tensors", len(found))
 

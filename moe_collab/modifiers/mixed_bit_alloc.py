@@ -189,7 +189,7 @@ class MixedBitAllocModifier(Modifier):
         check_data(state, "MixedBitAllocModifier")
         followers = quantizers_after(self)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
-        check_followers(followers, TERNARY in self.bits, bool(self._fisher))
+        check_followers(followers, TERNARY in (*self.bits, *self.fixed.values()), bool(self._fisher))
         self._check_passes(model)
         planner = self.planner(model)
         if not self._fisher:

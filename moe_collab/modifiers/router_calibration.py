@@ -28,7 +28,7 @@ from ..moe_model import MoEModel, describe
 from .glue.data import calibration_batches, check_data
 from .glue.recipe import check_unquantized, is_on_disk, quantizers_before
 from .glue.saving import install_save
-from .glue.schemes import codes_of
+from .glue.schemes import codes_of, is_rounded
 from .glue.starved import counted_tokens, keep_starved, repair_starved
 from .glue.weighed_inputs import call_experts_alike
 
@@ -193,8 +193,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_quantized(module: Any) -> bool:
-    scheme = getattr(module, "quantization_scheme", None)
-    return isinstance(module, nn.Linear) and scheme is not None and scheme.weights is not None
+    return isinstance(module, nn.Linear) and is_rounded(module)
 
 
 def _has_scales(module: Any) -> bool:

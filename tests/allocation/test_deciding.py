@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +82,14 @@ def test_fixed_matrices_get_the_variant_that_pays(checkpoint):
     chosen = [scheme for name, scheme in schemes.items() if ".experts.0.down_proj" in name]
     # There is room for everything, so the best of four bits: small groups, zero points.
     assert chosen and set(chosen) == {Scheme(4, 32, symmetric=False)}
+
+
+def test_fixed_experts_of_a_layer_are_two_parts_of_its_item(checkpoint):
+    outline = outline_of_checkpoint(checkpoint)
+    request = AllocationRequest(bpw=10.0, bits=(4, 8), group_sizes=(32, 128), granularity="layer")
+    planner = Planner(outline, replace(request, fixed=((r"\.experts\.", 4),)))
+    schemes = decide(planner, ByWidth(planner)).decision.schemes
+    assert set(schemes.values()) == {Scheme(4, 32, symmetric=False)} and len(schemes) == len(outline.experts)
 
 
 def test_gate_and_up_cannot_be_fixed_apart(checkpoint):

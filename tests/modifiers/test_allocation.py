@@ -101,6 +101,9 @@ def test_costs_are_kept_and_belong_to_their_model(tiny, tmp_path):
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     with pytest.raises(MoeCollabError, match="another model or other options"):
         allocate(tmp_path, tiny("qwen3_moe", seed=1), out="three", bpw=3, costs=str(costs))
+    with pytest.raises(MoeCollabError, match="another model or other options"):
+        ignored = ["lm_head", r"re:.*layers\.0\.mlp\.experts.*"]
+        allocate(tmp_path, tiny("qwen3_moe"), out="three", bpw=4, ignore=ignored, costs=str(costs))
     costs.write_text("{")
     with pytest.raises(MoeCollabError, match="not a valid table of costs"):
         allocate(tmp_path, tiny("qwen3_moe"), out="four", bpw=3, costs=str(costs))

@@ -73,6 +73,14 @@ class Untouchable:
             [{"MixedBitAllocModifier": {"budget": "1MB", "scope": "model", "ignore": [], "group_size": 32}}, QUANTIZE],
             "lm_head .* may get fewer bits, but GPTQModifier would not round it",
         ),
+        (
+            [{"MixedBitAllocModifier": {**ALLOCATE, "fixed": {"o_proj$": 1}}}, QUANTIZE],
+            "only FisherGPTQModifier rounds",
+        ),
+        (
+            [{"ExpertPruningModifier": {"retention": 0.5}}, {"QuantizationModifier": {"scheme": "FP8_DYNAMIC"}}],
+            "QuantizationModifier: .* asks for float weights and for quantized activations",
+        ),
         ([{"MixedBitAllocModifier": {"budget": "300KB", "group_size": 32}}, QUANTIZE], r"too small.*at least \d"),
         ([{"MixedBitAllocModifier": {"bpw": 2.1, "group_size": 32}}, QUANTIZE], r"too small.*need at least 2\.5"),
         ([{"MixedBitAllocModifier": {**ALLOCATE, "group_size": 48}}, QUANTIZE], "48 does not divide the 128 inputs of"),

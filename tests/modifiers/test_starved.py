@@ -7,9 +7,11 @@ from loguru import logger
 from integration.tiny_models import build_tiny
 from moe_collab import MoeCollabError
 from moe_collab.checkpoint.reader import Checkpoint
+from moe_collab.modifiers import expert_pruning, router_calibration
+from moe_collab.modifiers.glue import starved
 from moe_collab.moe_model import describe
 
-from .conftest import load, run
+from .conftest import load, run, samples
 
 GPTQ = {"GPTQModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}}
 
@@ -72,14 +74,20 @@ def test_what_cannot_be_repaired_is_said_and_kept(path, tmp_path):
     assert list((tmp_path / "out").glob(".moe-collab-*/*.safetensors"))
 
 
-def test_nothing_is_copied_where_every_expert_sees_every_token(path):
-    from moe_collab.modifiers.glue import starved
-
+def test_nothing_is_copied_where_every_expert_sees_every_token(path, monkeypatch):
     model, _ = never_choosing(path)
-    kept = []
+    copied, stock = [], starved.repair_starved
+
+    def spy(model, snap):
+        copied.append(len(starved._ORIGINALS))
+        stock(model, snap)
+
+    monkeypatch.setattr(expert_pruning, "repair_starved", spy)
     run(model, {"ExpertPruningModifier": {"retention": 0.75}}, GPTQ)
-    kept += [module for module in model.modules() if module in starved._ORIGINALS]
-    assert not kept and torch.isfinite(next(model.parameters())).all()
+    assert copied == [0]
+    few = {"moe_calibrate_all_experts": False, "data": samples(1, 2)}
+    run(load(path), {"ExpertPruningModifier": {"retention": 0.75}}, GPTQ, **few)
+    assert copied[1] > 0
 
 
 @pytest.mark.parametrize("modifier", [{"ExpertPruningModifier": {"retention": 0.75}}, {"ActivationSmoothModifier": {}}])
@@ -87,3 +95,19 @@ def test_rounding_to_nearest_after_any_of_ours_is_saved(modifier, path, tmp_path
     nearest = {"QuantizationModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}}
     run(path, modifier, nearest, output=tmp_path / "out")
     assert Checkpoint(tmp_path / "out").quantized_modules()
+
+
+def test_what_no_quantizer_has_rounded_yet_is_left_alone(path):
+    model = load(path)
+    names = {id(m): n for layer in describe(model).layers for n, *_, m in layer.projections()}
+    before = {n: m.weight.detach().clone() for n, m in model.named_modules() if id(m) in names}
+    seen, stock = {}, router_calibration.repair_starved
+
+    def spy(model, snap):
+        stock(model, snap)
+        seen.update({n: torch.equal(model.get_submodule(n).weight, weight) for n, weight in before.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router_calibration, "repair_starved", spy)
+        run(model, {"RouterCalibrationModifier": {"steps": 1}}, GPTQ)
+    assert seen and all(seen.values())

@@ -11,7 +11,7 @@ from ...allocation import Planner
 from ...errors import MoeCollabError
 from .recipe import modifiers_of_this_pass
 
-__all__ = ["check_followers", "check_own_pass", "check_rounded"]
+__all__ = ["check_followers", "check_formats", "check_own_pass", "check_rounded"]
 
 
 def check_followers(followers: list[Any], ternary: bool, faithful: bool) -> None:
@@ -40,6 +40,23 @@ def check_followers(followers: list[Any], ternary: bool, faithful: bool) -> None
             raise MoeCollabError(
                 f"{who}.actorder: `group` stores weight_g_idx, which no mixed-bit kernel serves. Use `static`."
             )
+
+
+def check_formats() -> None:
+    """Raise `MoeCollabError` if a quantizer of the recipe asks for what our saving cannot read back and verify."""
+    for modifier in modifiers_of_this_pass():
+        if not isinstance(modifier, QuantizationMixin) or not modifier.has_config():
+            continue
+        for scheme in modifier.resolved_config.config_groups.values():
+            weights = scheme.weights
+            kind = None if weights is None else str(getattr(weights.type, "value", weights.type))
+            if scheme.input_activations is not None or kind not in (None, "int"):
+                raise MoeCollabError(
+                    f"{type(modifier).__name__}: beside our modifiers a checkpoint holds weight-only integers "
+                    f"of 2 to 8 bits, but its scheme asks for {kind} weights"
+                    f"{' and for quantized activations' if scheme.input_activations is not None else ''}. Use a scheme "
+                    "such as W4A16 or W8A16."
+                )
 
 
 def check_own_pass() -> None:

@@ -26,6 +26,7 @@ from ...pruning import check_masks
 from ...pruning.surgery import sync_config
 from .compat import output_directory
 from .naming import use_checkpoint_names
+from .quantizers import check_formats
 from .snapshot import Snapshot, snapshot_of
 
 __all__ = ["expect_plan", "install_save"]
@@ -38,7 +39,10 @@ def install_save(model: Any) -> None:
     is kept in `.moe-collab-rejected` inside the directory, and the `MoeCollabError` says so. Called before calibration,
     it raises `MoeCollabError` if the directory that oneshot() was given cannot be written.
     """
-    if directory := output_directory():
+    check_formats()
+    directory = output_directory()
+    if directory and is_source_process():
+        _check_not_source(model, directory)
         check_output_directory(directory)
     if getattr(model.save_pretrained, "_moe_collab", False):
         return
@@ -51,10 +55,13 @@ def install_save(model: Any) -> None:
             sync_config(model, describe(model))
             inner(str(save_directory), *args, **kwargs)  # joins the others, and writes nothing
             return
+        _check_not_source(model, save_directory)
         with replace_directory(save_directory) as staged:
             snapshot = snapshot_of(model)
-            _write(model, snapshot, staged, lambda: inner(str(staged), *args, **kwargs))
-            _check(model, snapshot, staged, compressed=kwargs.get("save_compressed", True))
+            _write(model, snapshot, lambda: inner(str(staged), *args, **kwargs))
+            with _kept_whatever_fails():
+                _complete(model, staged)
+                _check(model, snapshot, staged, compressed=kwargs.get("save_compressed", True))
         _warn_of_neighbours(Path(save_directory))
 
     # llm-compressor wraps again whatever does not carry this mark.
@@ -70,11 +77,30 @@ def expect_plan(model: torch.nn.Module, plan: CompressionPlan) -> None:
     setattr(model, _PLAN, plan)
 
 
-def _write(model: Any, snapshot: Snapshot, staged: Path, write: Any) -> None:
-    """Write weights, the corrected config, and what belongs to the model beside them into `staged`."""
+def _check_not_source(model: Any, directory: str | Path) -> None:
+    origin = getattr(model.config, "_name_or_path", "")
+    if origin and Path(origin).is_dir() and Path(directory).resolve() == Path(origin).resolve():
+        raise MoeCollabError(
+            f"{directory}: the model was read from there, and the checkpoint would replace it. Name another directory."
+        )
+
+
+@contextmanager
+def _kept_whatever_fails() -> Iterator[None]:
+    """Once the weights are written, no error in the block discards them: they are kept in the rejected place."""
+    try:
+        yield
+    except Rejected:
+        raise
+    except Exception as error:
+        raise Rejected(f"the weights are written, but what follows failed: {error!r}") from error
+
+
+def _write(model: Any, snapshot: Snapshot, write: Any) -> None:
+    """Write the weights, after the checks that need no file."""
     moe = describe(model)
     check_masks(moe)
-    counts = sync_config(model, moe)
+    sync_config(model, moe)
     _forget_older_save(model)
     try:
         with _usable_after_failure(model):
@@ -85,7 +111,12 @@ def _write(model: Any, snapshot: Snapshot, staged: Path, write: Any) -> None:
         raise MoeCollabError(
             f"{_listed(snapshot.unsound)}\nSuch a checkpoint could not even be written, so nothing was saved: {error}"
         ) from error
-    _patch_config(staged / "config.json", counts, moe.family.architecture)
+
+
+def _complete(model: Any, staged: Path) -> None:
+    """Correct the config beside the weights, and copy what belongs to the model from where it was read."""
+    moe = describe(model)
+    _patch_config(staged / "config.json", sync_config(model, moe), moe.family.architecture)
     origin = getattr(model.config, "_name_or_path", "")
     source = source_directory(origin, getattr(model.config, "_commit_hash", None))
     if source is None:

@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
+    QuantizationStatus,
     disable_quantization,
     initialize_module_for_quantization,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "attach_scheme",
     "codes_of",
     "forget_empty_schemes",
+    "is_rounded",
     "is_sound",
     "is_ternary",
     "round_in_place",
@@ -109,6 +111,13 @@ def snap_to_grid(module: Any) -> None:
     zero_point = getattr(module, "weight_zero_point", None)
     snapped = fake_quantize(module.weight, module.weight_scale, zero_point, module.quantization_scheme.weights)
     store(module, "weight", snapped)
+
+
+def is_rounded(module: torch.nn.Module) -> bool:
+    """Whether a quantizer has been at `module`, so that its scales are more than the memory they were made in."""
+    scheme = getattr(module, "quantization_scheme", None)
+    waiting = getattr(module, "quantization_status", None) == QuantizationStatus.INITIALIZED
+    return scheme is not None and scheme.weights is not None and not waiting and hasattr(module, "weight_scale")
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import nn
 from ...coverage import FEW_TOKENS
 from ...moe_model import MoEModel
 from .recipe import starves_experts
-from .schemes import is_sound, round_in_place, snap_to_grid
+from .schemes import is_rounded, is_sound, round_in_place, snap_to_grid
 
 __all__ = ["counted_tokens", "keep_starved", "repair_starved", "rescaled"]
 
@@ -53,7 +53,7 @@ def repair_starved(model: nn.Module, snap: bool) -> None:
     """
     repaired, lost = [], []
     for name, module in model.named_modules():
-        if getattr(module, "quantization_scheme", None) is None or not hasattr(module, "weight_scale"):
+        if not is_rounded(module):
             continue
         assert isinstance(module, nn.Linear)
         if snap and not is_sound(module):
