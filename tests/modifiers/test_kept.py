@@ -19,7 +19,7 @@ def test_weights_that_are_written_are_kept_if_what_follows_fails(step, tiny, tmp
 
     monkeypatch.setattr(saving, step, failing)
     with pytest.raises(
-        MoeCollabError, match="weights are written, but what follows failed.*a cable was pulled"
+        MoeCollabError, match=r"weights are written, but what follows failed.*a cable was pulled"
     ) as error:
         run(tiny("qwen3_moe"), PRUNE, output=tmp_path / "out")
     kept = list((tmp_path / "out").glob(".moe-collab-*/model.safetensors"))
