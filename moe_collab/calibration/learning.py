@@ -14,9 +14,10 @@ from compressed_tensors.offload import disable_offloading
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..decoder import decoder_of, replaced_forward
 from ..moe_model import MoEModel
 from .adam import adam_steps
-from .live import decoder_of, float32_weights, replaced_forward
+from .live import float32_weights
 from .samples import frozen
 from .small_tensors import SmallTensor, in_place
 from .teacher import Batch, Lessons, divergence, kl_of

@@ -14,11 +14,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..architectures import MASKED_BIAS, logits_scaling
+from ..decoder import decoder_of, replaced_forward
 from ..kernels.memory import available_memory
 from ..moe_model import MoELayer, MoEModel
 
 __all__ = [
-    "decoder_of",
     "float32_weights",
     "held_out",
     "inputs_of",
@@ -27,7 +27,6 @@ __all__ = [
     "mean_kl",
     "predict",
     "predicted",
-    "replaced_forward",
     "replaced_weights",
 ]
 
@@ -77,20 +76,6 @@ def masked_routers(moe: MoEModel, kept: Mapping[str, torch.Tensor]) -> Iterator[
             if layer.name in kept and not bool(kept[layer.name].all()):
                 stack.enter_context(replaced_forward(layer.router, masked_router(layer, kept[layer.name])))
         yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Let `module` compute `forward` within the block."""
-    before = module.__dict__.get("forward")  # another tool may have replaced it too
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
@@ -147,12 +132,6 @@ def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch
     """The `input_ids` and `attention_mask` (if any) of one batch of oneshot()'s data, as tensors on `device`."""
     names = ("input_ids", "attention_mask")
     return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
-
-
-def decoder_of(model: Any) -> Any:
-    """The language model without its lm_head."""
-    decoder = model.get_decoder()
-    return getattr(decoder, "model", decoder)  # of Llama 4, get_decoder() gives a model with an lm_head
 
 
 def predict(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import kl_div, linear
 
 from ..architectures import logits_scaling
+from ..decoder import decoder_of
 from ..errors import MoeCollabError
-from .live import decoder_of, float32_weights, held_out, log_probabilities, mean_kl, predict, predicted
+from .live import float32_weights, held_out, log_probabilities, mean_kl, predict, predicted
 
 __all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach", "texts"]
 

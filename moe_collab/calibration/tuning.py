@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from ..decoder import replaced_forward
 from ..rounding import Grid
 from .adam import adam_steps
-from .live import float32_weights, replaced_forward, replaced_weights
+from .live import float32_weights, replaced_weights
 from .samples import frozen
 from .teacher import Lessons, divergence, kl_of
 

@@ -12,7 +12,7 @@ from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 
 from ...architectures import logits_scaling
-from ...calibration.live import decoder_of
+from ...decoder import decoder_of
 from ...errors import MoeCollabError
 from ...moe_model import MoELayer, MoEModel
 
