@@ -5,7 +5,7 @@ SERVE := .venv/serve/bin
 SHELL := /bin/bash
 KERNELS := moe_collab/kernels/cpu/_C.so
 
-.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-gpu bench-allocation bench-pruning bench-recipes bench-families fixture environments clean
+.PHONY: demo test lint test-compress test-serve test-asan bench-cpu bench-triton-aot bench-gpu bench-allocation bench-pruning bench-recipes bench-scale bench-families fixture environments clean
 
 demo: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.demo --serve-python $(SERVE)/python
@@ -81,6 +81,11 @@ bench-pruning: .venv/compress/.ready
 # What the shipped recipes make of both fixtures, with digests to compare two versions by: one hour on one core.
 bench-recipes: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.benchmarks.recipes
+
+# Memory, reads and time of compressing models from disk: up to 55 GB of room and some hours. Resumes; a row that is
+# deleted from build/bench/scale.json is measured anew.
+bench-scale: environments $(KERNELS)
+	$(COMPRESS)/python -m integration.benchmarks.scale --serve-python $(SERVE)/python
 
 # What works for each family, on tiny random models: half an hour. Writes the table in README.md too.
 bench-families: environments $(KERNELS)

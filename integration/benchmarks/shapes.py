@@ -1,0 +1,240 @@
+"""Models of real shapes with random weights, made on the spot: for what depends on sizes, not on what was learnt.
+
+Weights are heavy-tailed as trained ones are: Student's t with 5 degrees of freedom, times a lognormal scale for each
+input channel. Checkpoints have the layout that their family publishes: bfloat16 shards, an index, config.json, and a
+byte-level tokenizer, so that of a vocabulary only the first 258 tokens have a text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_collab import MoeCollabError
+from moe_collab.architectures import find_family
+from moe_collab.checkpoint.load import stock_conversions
+
+from ..tiny_models import _byte_tokenizer
+
+__all__ = ["DEEPSEEK", "OLMOE", "SMALL", "Shape", "check_room", "make_model"]
+
+_SHARD = 1 << 30
+_STEP = 1 << 22
+"""Weights drawn at a time."""
+_TAILS, _DEGREES = 1 << 16, 5
+_CHANNELS, _NORMS, _ROUTERS = 0.3, 0.1, 0.25
+"""Standard deviations of the logarithms of scales: of input channels, of norms, and of routers' rows."""
+_COMMON_PART = 0.3
+"""What all tokens' embeddings share, of their own part: as in trained models some experts are chosen more often."""
+_BIASES = 0.02
+_SPARE = 4 << 30
+"""Room that is left on the disk at all times."""
+_DTYPES = {"e_score_correction_bias": torch.float32}
+"""What is not published as bfloat16."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A family and the config that its model has."""
+
+    family: str
+    config: dict[str, Any] = field(hash=False)
+
+    def resized(self, **config: Any) -> Shape:
+        """The same with other numbers under these keys of the config."""
+        return replace(self, config=self.config | config)
+
+    def transformers_config(self) -> Any:
+        """The config as transformers has it."""
+        return CONFIG_MAPPING[self.family](**self.config)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the published checkpoint on the meta device, layer by layer."""
+        with stock_conversions(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.transformers_config(), dtype=torch.bfloat16)
+            saved = revert_weight_conversion(model, model.state_dict())
+        ordered = sorted(saved.items(), key=lambda item: _place(item[0]))
+        return {name: tensor.to(_DTYPES.get(name.rpartition(".")[2], torch.bfloat16)) for name, tensor in ordered}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+_COMMON = {
+    "vocab_size": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+}
+"""Vocabularies are cut: embeddings are neither compressed nor read more than once."""
+
+OLMOE = Shape(
+    "olmoe",
+    _COMMON
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+    },
+)
+"""OLMoE-1B-7B but for its vocabulary of 50,304: 13.8 GB."""
+
+DEEPSEEK = Shape(
+    "deepseek_v3",
+    _COMMON
+    | {
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+    },
+)
+"""One MoE layer of DeepSeek-V3: 23 GB."""
+
+SMALL = Shape(
+    "olmoe",
+    _COMMON
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+)
+"""Layers of 110 MB, for many of them."""
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raise `MoeCollabError` unless `num_bytes` fit on the disk of `folder` and 4 GiB stay free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _SPARE:
+        raise MoeCollabError(
+            f"{folder}: {num_bytes / 1e9:.1f} GB are needed and {_SPARE / 1e9:.1f} GB must stay free, but there are "
+            f"{free / 1e9:.1f} GB. Make room, or name another disk with --output."
+        )
+
+
+def make_model(shape: Shape, path: Path, seed: int = 0, shard_bytes: int = _SHARD) -> Path:
+    """Write a random model of this shape to `path`, shard by shard; the same bytes for the same seed.
+
+    Raises `MoeCollabError` if the disk has no room for it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    tensors, family = shape.tensors(), find_family(shape.family)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    check_room(path, total)
+    assert family is not None
+    shards = list(_shards(tensors, shard_bytes))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(
+            {name: _draw(name, tensors[name], family.router, seed) for name in names}, path / file, {"format": "pt"}
+        )
+        index |= dict.fromkeys(names, file)
+    listing = {"metadata": {"total_size": total}, "weight_map": index}
+    (path / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1) + "\n")
+    config = shape.transformers_config()
+    with torch.device("meta"):
+        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(path)
+    _byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def _place(name: str) -> tuple[float, list[str | int]]:
+    """Where a tensor stands: embeddings, the layers, expert by expert, what follows them."""
+    parts: list[str | int] = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    if found := re.search(r"\.layers\.(\d+)\.", name):
+        return int(found[1]), parts
+    return -1 if "embed" in name else math.inf, parts
+
+
+def _shards(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
+    """Names in shards of at most `shard_bytes`, or one tensor."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _draw(name: str, like: torch.Tensor, router: str, seed: int) -> torch.Tensor:
+    """Weights for the tensor `name`, whose numbers depend on its name and the seed alone."""
+    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    if like.ndim == 1:
+        biased = name.endswith("bias")
+        values = _BIASES * random.standard_normal(len(like)) if biased else _lognormal(random, _NORMS, len(like))
+        return torch.from_numpy(values).to(like.dtype)
+    rows, columns = like.shape
+    if name.endswith(f".{router}.weight"):
+        values = random.standard_normal((rows, columns)) * _lognormal(random, _ROUTERS, rows)[:, None]
+        return torch.from_numpy(values / math.sqrt(columns)).to(like.dtype)
+    scales = _lognormal(random, _CHANNELS, columns).astype(np.float32)
+    if "embed" in name:
+        common = _COMMON_PART * torch.from_numpy(random.standard_normal(columns))
+        return (_heavy_tailed(random, rows, scales) + common).to(like.dtype)
+    return _heavy_tailed(random, rows, scales / math.sqrt(columns))
+
+
+def _lognormal(random: np.random.Generator, sigma: float, count: int) -> np.ndarray:
+    return np.exp(sigma * random.standard_normal(count))
+
+
+def _heavy_tailed(random: np.random.Generator, rows: int, scales: np.ndarray) -> torch.Tensor:
+    """Student's t times `scales` [columns], bfloat16 [rows, columns].
+
+    Drawn from a table of 65,536 draws: ten times faster, and of billions the tails are as heavy.
+    """
+    table = random.standard_t(_DEGREES, _TAILS).astype(np.float32) / math.sqrt(_DEGREES / (_DEGREES - 2))
+    values = torch.empty(rows, len(scales), dtype=torch.bfloat16)
+    for part in values.split(max(1, _STEP // len(scales))):
+        picks = random.integers(_TAILS, size=tuple(part.shape), dtype=np.uint16)
+        part.copy_(torch.from_numpy(table[picks] * scales))
+    return values
