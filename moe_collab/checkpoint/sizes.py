@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from ..formats import TERNARY, ternary_width
 
-__all__ = ["TensorEntry", "checkpoint_bytes", "quantized_entries", "safetensors_bytes"]
+__all__ = [
+    "DEFAULT_SHARD_SIZE",
+    "TensorEntry",
+    "checkpoint_bytes",
+    "cut_into_shards",
+    "file_layout",
+    "quantized_entries",
+    "safetensors_bytes",
+]
+
+DEFAULT_SHARD_SIZE = 20_000_000_000
+"""llm-compressor's; transformers' own is 50 GB."""
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
 _BITS |= {"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -51,27 +62,41 @@ class TensorEntry:
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
-def safetensors_bytes(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> int:
-    """Size of one file: 8 bytes, the JSON header padded to a multiple of 8, the data.
+def file_layout(
+    entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """What stands before the data of one file, and where in the file each tensor's data begins.
 
-    `metadata` None is what transformers writes, `{"format": "pt"}`; empty means that the file has none.
+    8 bytes, then a JSON header padded to a multiple of 8. `metadata` None is what transformers writes, `{"format":
+    "pt"}`; empty means that the file has none.
     """
     metadata = {"format": "pt"} if metadata is None else metadata
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
     offset = 0
     # Offsets have more digits the later a tensor lies, so the writer's order matters.
     for entry in sorted(entries, key=lambda e: (_RANK[e.dtype], e.name)):
         end = offset + entry.nbytes
         header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}
-        offset = end
+        starts[entry.name], offset = offset, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + math.ceil(len(text) / 8) * 8 + offset
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}
 
 
-def checkpoint_bytes(entries: Iterable[TensorEntry], max_shard_size: float = 20e9) -> int:
-    """Size of all `*.safetensors` files of a checkpoint, cut as transformers cuts it: in order, greedily.
+def safetensors_bytes(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> int:
+    """Size of one file; `metadata` as in `file_layout`."""
+    entries = list(entries)
+    return len(file_layout(entries, metadata)[0]) + sum(entry.nbytes for entry in entries)
 
-    The default is llm-compressor's 20 GB; transformers' own is 50 GB.
+
+def cut_into_shards(
+    entries: Iterable[TensorEntry], max_shard_size: float = DEFAULT_SHARD_SIZE
+) -> list[list[TensorEntry]]:
+    """The tensors of each file of a checkpoint, cut as transformers cuts it: in order, greedily.
+
+    A tensor that is larger than `max_shard_size` gets a file of its own.
     """
     shards: list[list[TensorEntry]] = []
     current: list[TensorEntry] = []
@@ -87,7 +112,12 @@ def checkpoint_bytes(entries: Iterable[TensorEntry], max_shard_size: float = 20e
         size += entry.nbytes
     if current:
         shards.append(current)
-    return sum(safetensors_bytes(shard) for shard in shards)
+    return shards
+
+
+def checkpoint_bytes(entries: Iterable[TensorEntry], max_shard_size: float = DEFAULT_SHARD_SIZE) -> int:
+    """Size of all `*.safetensors` files of a checkpoint."""
+    return sum(safetensors_bytes(shard) for shard in cut_into_shards(entries, max_shard_size))
 
 
 def quantized_entries(

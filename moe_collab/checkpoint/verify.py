@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..errors import MoeCollabError
 from .atomic import Rejected
 from .experts import check_experts
 from .reader import SUFFIXES, Checkpoint, Quantized
 
-__all__ = ["Digest", "tensor_digest", "verify", "weight_digest"]
+__all__ = ["Digest", "differing_tensors", "tensor_digest", "verify", "weight_digest"]
 
 Digest = str
 """A short digest of a module's codes, scales and zero points, or of an unquantized tensor."""
@@ -30,6 +31,18 @@ def weight_digest(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Te
     """Digest of a quantized weight; `zero_point` None for symmetric schemes."""
     parts = [codes, scale] + ([] if zero_point is None else [zero_point.to(torch.int8)])
     return ".".join(tensor_digest(part) for part in parts)
+
+
+def differing_tensors(path: Path, digests: Mapping[str, Digest]) -> list[str]:
+    """Read the file at `path` back: what is wrong with it, by tensor, where it should hold those of `digests`."""
+    try:
+        with safe_open(path, "pt") as file:
+            if stray := set(file.keys()) ^ digests.keys():
+                return [f"{path}: its header does not list the tensors that were written, such as {min(stray)}"]
+            differing = [name for name, digest in digests.items() if tensor_digest(file.get_tensor(name)) != digest]
+    except (SafetensorError, OSError) as error:
+        return [f"{path}: cannot be read back ({error})"]
+    return [f"{path}: tensor {name} differs from what was written" for name in differing]
 
 
 def verify(directory: Path, expected: Mapping[str, Digest], plain: Mapping[str, Digest]) -> None:

@@ -14,7 +14,14 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ...architectures import PROJECTIONS, family_of
 from ...checkpoint.sizes import TensorEntry
 
-__all__ = ["checkpoint_entries", "checkpoint_names", "checkpoint_tensors", "dtype_name", "use_checkpoint_names"]
+__all__ = [
+    "checkpoint_entries",
+    "checkpoint_names",
+    "checkpoint_tensors",
+    "dtype_name",
+    "saved_shapes",
+    "use_checkpoint_names",
+]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -66,12 +73,17 @@ def checkpoint_tensors(model: Any, tensors: list[str]) -> dict[str, str]:
     return {tensors[t.shape[0] - 1]: name for name, t in saved.items()}
 
 
-def checkpoint_entries(model: Any) -> list[TensorEntry]:
-    """Every tensor that `save_pretrained` would write of the unquantized model, in its order; none is read."""
+def saved_shapes(model: Any) -> dict[str, torch.Tensor]:
+    """Live name -> tensor without data, for each that is saved. None is read."""
+    ignored = set(model._keys_to_ignore_on_save or ())
     with disable_onloading():
         state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    saved = revert_weight_conversion(model, meta).items()
+        return {n: torch.empty_like(tensor, device="meta") for n, tensor in state.items() if n not in ignored}
+
+
+def checkpoint_entries(model: Any) -> list[TensorEntry]:
+    """Every tensor that would be saved of the unquantized model, in its order; none is read."""
+    saved = revert_weight_conversion(model, saved_shapes(model)).items()
     return [TensorEntry(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in saved]
 
 

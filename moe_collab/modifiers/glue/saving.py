@@ -1,39 +1,57 @@
-"""`save_pretrained` made safe: right config, compact targets, companion files, written aside, verified, then moved."""
+"""`save_pretrained` made safe: it streams, the live model stays as it is, and nothing unverified takes its place.
+
+llm-compressor's own packs the live modules in place and keeps them all: saving took memory for the whole model. Here
+the weights go to disk tensor by tensor, file by file, each file verified before the next is begun. They are written
+beside what is there, checked as a whole, and then moved into place.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.offload import from_accelerate
+from llmcompressor.transformers.compression.compressed_tensors_utils import suspend_distributed_timeout
 from loguru import logger
 
-from ...allocation.budget import format_bytes
+from ...allocation.budget import format_bytes, parse_bytes
 from ...checkpoint.atomic import Rejected, check_output_directory, replace_directory
-from ...checkpoint.companions import copy_companions, source_directory
 from ...checkpoint.groups import write_quantization_config
-from ...checkpoint.verify import verify
-from ...distributed import is_distributed, is_source_process
+from ...checkpoint.shards import write_shards
+from ...checkpoint.sizes import DEFAULT_SHARD_SIZE
+from ...checkpoint.verify import Digest, verify
+from ...distributed import is_source_process
 from ...errors import MoeCollabError
 from ...moe_model import describe
 from ...plan import CompressionPlan
 from ...pruning import check_masks
 from ...pruning.surgery import sync_config
 from .compat import output_directory
+from .description import write_description
+from .live_tensors import LiveTensors
 from .naming import use_checkpoint_names
 from .quantizers import check_formats
-from .snapshot import Snapshot, snapshot_of
 
 __all__ = ["expect_plan", "install_save"]
 
+_PLAN = "_moe_collab_plan"
+_FIXED = {
+    "quantization_format": (None, "the format is that of each module's scheme"),
+    "state_dict": (None, "the tensors of the live model are saved"),
+    "push_to_hub": (False, "push the directory once it is saved and verified, with `hf upload`"),
+    "variant": (None, "the names of the files are those that vLLM looks for"),
+    "safe_serialization": (True, "only safetensors files are written"),
+    "save_original_format": (True, "the names of the tensors are those that vLLM knows"),
+    "save_peft_format": (True, "no adapters are saved"),
+    "distributed_checkpoint": (False, "one process writes the whole checkpoint"),
+}
+"""Options of stock `save_pretrained` with the one value that is taken, and why no other is."""
+
 
 def install_save(model: Any) -> None:
-    """Wrap `model.save_pretrained`, once; what `oneshot(output_dir=...)` and users call both go through it.
+    """Replace `model.save_pretrained`, once; what `oneshot(output_dir=...)` and users call both go through it.
 
     The checkpoint appears in the directory complete and verified, or not at all. What is refused after it was written
     is kept in `.moe-collab-rejected` inside the directory, and the `MoeCollabError` says so. Called before calibration,
@@ -47,34 +65,44 @@ def install_save(model: Any) -> None:
     if getattr(model.save_pretrained, "_moe_collab", False):
         return
     use_checkpoint_names(model)
-    inner = model.save_pretrained
 
-    @wraps(inner)
-    def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        if not is_source_process():
-            sync_config(model, describe(model))
-            inner(str(save_directory), *args, **kwargs)  # joins the others, and writes nothing
-            return
-        _check_not_source(model, save_directory)
-        with replace_directory(save_directory) as staged:
-            snapshot = snapshot_of(model)
-            _write(model, snapshot, lambda: inner(str(staged), *args, **kwargs))
-            with _kept_whatever_fails():
-                _complete(model, staged)
-                _check(model, snapshot, staged, compressed=kwargs.get("save_compressed", True))
-        _warn_of_neighbours(Path(save_directory))
+    def save_pretrained(
+        save_directory: str | Path,
+        quantization_format: str | None = None,
+        save_compressed: bool = True,
+        *,
+        is_main_process: bool = True,
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> None:
+        """`save_compressed` False stores quantized weights as they are in the live model, beside their scales."""
+        _check_options({"quantization_format": quantization_format, **options})
+        shard_size = parse_bytes(max_shard_size, "max_shard_size")
+        with suspend_distributed_timeout():
+            if is_source_process() and is_main_process:
+                _save(model, Path(save_directory), shard_size, save_compressed)
+            else:
+                sync_config(model, describe(model))
 
     # llm-compressor wraps again whatever does not carry this mark.
     save_pretrained._overridden = save_pretrained._moe_collab = True  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained
 
 
-_PLAN = "_moe_collab_plan"
-
-
 def expect_plan(model: torch.nn.Module, plan: CompressionPlan) -> None:
     """Have the next saves compared with `plan`'s predicted size."""
     setattr(model, _PLAN, plan)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise `MoeCollabError` for what cannot be done as asked: nothing is ignored in silence."""
+    for name, value in options.items():
+        if name not in _FIXED:
+            raise MoeCollabError(f"save_pretrained({name}=...): there is no such option. Leave it out.")
+        only, reason = _FIXED[name]
+        if value is not only:
+            raise MoeCollabError(f"save_pretrained({name}=...): {reason}. Leave the option out.")
 
 
 def _check_not_source(model: Any, directory: str | Path) -> None:
@@ -83,6 +111,35 @@ def _check_not_source(model: Any, directory: str | Path) -> None:
         raise MoeCollabError(
             f"{directory}: the model was read from there, and the checkpoint would replace it. Name another directory."
         )
+
+
+def _save(model: Any, directory: Path, shard_size: int, compressed: bool) -> None:
+    _check_not_source(model, directory)
+    with replace_directory(directory) as staged:
+        moe = describe(model)
+        check_masks(moe)
+        sync_config(model, moe)
+        tensors = LiveTensors(model, compressed)
+        digests = _write_weights(tensors, staged, shard_size)
+        with _kept_whatever_fails():
+            write_description(model, staged, compressed, tensors.ties_head)
+            if tensors.schemes:
+                write_quantization_config(staged, tensors.schemes, tensors.unquantized)
+            _check(model, tensors, digests, staged, compressed)
+    _warn_of_neighbours(directory)
+
+
+def _write_weights(tensors: LiveTensors, staged: Path, shard_size: int) -> dict[str, Digest]:
+    try:
+        return write_shards(staged, tensors.entries, tensors.make, shard_size)
+    except Rejected:
+        raise
+    except MoeCollabError as error:
+        if not tensors.unsound:
+            raise
+        raise MoeCollabError(
+            f"{_listed(tensors.unsound)}\nSuch a checkpoint could not even be written, so nothing was saved: {error}"
+        ) from error
 
 
 @contextmanager
@@ -96,49 +153,16 @@ def _kept_whatever_fails() -> Iterator[None]:
         raise Rejected(f"the weights are written, but what follows failed: {error!r}") from error
 
 
-def _write(model: Any, snapshot: Snapshot, write: Any) -> None:
-    """Write the weights, after the checks that need no file."""
-    moe = describe(model)
-    check_masks(moe)
-    sync_config(model, moe)
-    _forget_older_save(model)
-    try:
-        with _usable_after_failure(model):
-            write()
-    except MoeCollabError as error:
-        if not snapshot.unsound:
-            raise
-        raise MoeCollabError(
-            f"{_listed(snapshot.unsound)}\nSuch a checkpoint could not even be written, so nothing was saved: {error}"
-        ) from error
-
-
-def _complete(model: Any, staged: Path) -> None:
-    """Correct the config beside the weights, and copy what belongs to the model from where it was read."""
-    moe = describe(model)
-    _patch_config(staged / "config.json", sync_config(model, moe), moe.family.architecture)
-    origin = getattr(model.config, "_name_or_path", "")
-    source = source_directory(origin, getattr(model.config, "_commit_hash", None))
-    if source is None:
-        logger.warning("{!r} is no local directory: no tokenizer or licence was copied from there", origin)
-    else:
-        copy_companions(source, staged)
-
-
-def _check(model: Any, snapshot: Snapshot, staged: Path, compressed: bool) -> None:
+def _check(model: Any, tensors: LiveTensors, digests: dict[str, Digest], staged: Path, compressed: bool) -> None:
     """Raise `Rejected`, which keeps the files out of the way, if they are not what the model is."""
-    if snapshot.unsound:
-        snapshot.remember_unsound()
+    if tensors.unsound:
         raise Rejected(
-            f"{_listed(snapshot.unsound)}\nThe live model is packed now and cannot be repaired: load it again, "
-            "quantize these modules or name them in `ignore`, and save. What was written must not be served; its other "
-            "tensors are good."
+            f"{_listed(tensors.unsound)}\nThe live model is as it was: quantize these modules again, or give them back "
+            "their original weights and no scheme, and save. What was written must not be served; its other tensors "
+            "are good."
         )
-    if not snapshot.schemes:
-        verify(staged, {}, snapshot.plain)
-    elif compressed:
-        write_quantization_config(staged, snapshot.schemes, snapshot.unquantized)
-        verify(staged, snapshot.quantized, snapshot.plain)
+    if compressed:
+        verify(staged, tensors.digests, tensors.plain(digests))
         _check_size(staged, getattr(model, _PLAN, None))
 
 
@@ -148,44 +172,12 @@ def _listed(unsound: Mapping[str, str]) -> str:
     return f"{len(unsound)} quantized weights are not what a quantizer makes:\n  {first}{more}"
 
 
-def _forget_older_save(model: Any) -> None:
-    """Remove the hook that unpacks the model before its next forward pass: llm-compressor adds one in each save.
-
-    It forgets all but the newest, and the second to run would find nothing packed and raise KeyError.
-    """
-    if hook := getattr(model, "ct_decompress_hook", None):
-        hook.remove()
-        del model.ct_decompress_hook
-
-
-@contextmanager
-def _usable_after_failure(model: Any) -> Iterator[None]:
-    """Give the model its offloading back if llm-compressor, which changes it to save, does not come to do so."""
-    try:
-        yield
-    except BaseException:
-        if hasattr(model, "hf_device_map") and not is_distributed():
-            from_accelerate(model)
-        raise
-
-
 def _warn_of_neighbours(directory: Path) -> None:
     """Name weights of others that vLLM would read too: without an index it takes every *.safetensors for a shard."""
     if (directory / "model.safetensors.index.json").exists():
         return
     if others := sorted(file.name for file in directory.glob("*.safetensors") if file.name != "model.safetensors"):
         logger.warning("{}: vLLM would read {} as part of the checkpoint; move them elsewhere", directory, others)
-
-
-def _patch_config(path: Path, counts: dict[str, int], architecture: str | None) -> None:
-    """Write the live expert counts over those llm-compressor copied from the original config, and vLLM's class."""
-    config = json.loads(path.read_text())
-    text = config.get("text_config", config)
-    for key in counts.keys() & text.keys():
-        text[key] = counts[key]
-    if architecture:
-        config["architectures"] = [architecture]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _check_size(directory: Path, plan: CompressionPlan | None) -> None:

@@ -18,7 +18,7 @@ from llmcompressor.observers import Observer
 from ...checkpoint.ternary_packed import ternary_codes
 from ...distributed import store
 from ...errors import MoeCollabError
-from ...formats import TERNARY, TERNARY_PACKED, Scheme, unpack, unpack_ternary
+from ...formats import TERNARY, TERNARY_PACKED, Scheme
 
 __all__ = [
     "attach_scheme",
@@ -152,18 +152,10 @@ def is_ternary(scheme: QuantizationScheme) -> bool:
 
 @torch.no_grad()
 def codes_of(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes int8 [rows, columns], scale, zero point or None) of a quantized module, compressed or not."""
+    """(codes int8 [rows, columns], scale, zero point or None) of a quantized module, as they will be stored."""
     scheme, scale = module.quantization_scheme, module.weight_scale
     arguments = scheme.weights
-    zero_point = None if arguments.symmetric else module.weight_zero_point
-    if not hasattr(module, "weight_packed"):
-        if is_ternary(scheme):
-            return ternary_codes(module.weight, scale), scale, None
-        return quantize(module.weight, scale, zero_point, arguments, dtype=torch.int8), scale, zero_point
-    # The model was saved before, which left the live module compressed.
-    shape = tuple(module.weight_shape.tolist())
     if is_ternary(scheme):
-        return unpack_ternary(module.weight_packed, shape, shape[1] // scale.shape[1]), scale, None
-    if zero_point is not None:
-        zero_point = unpack(zero_point, arguments.num_bits, tuple(scale.shape), packed_dim=0)
-    return unpack(module.weight_packed, arguments.num_bits, shape), scale, zero_point
+        return ternary_codes(module.weight, scale), scale, None
+    zero_point = None if arguments.symmetric else module.weight_zero_point
+    return quantize(module.weight, scale, zero_point, arguments, dtype=torch.int8), scale, zero_point
