@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-import torch
-
-from ..architectures import PROJECTIONS, StackedExperts, is_masked
+from ..architectures import is_masked
 from ..errors import MoeCollabError
 from .reader import Checkpoint
 
-__all__ = ["check_experts", "stack_experts", "zeros_of_masked"]
+__all__ = ["absent_experts", "check_experts"]
 
 _EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(weight|weight_packed)$")
-_EXPERT_TENSOR = re.compile(r"(?P<block>.*)\.experts\.(?P<index>\d+)\.(?P<projection>\w+)\.(?P<kind>weight|bias)$")
 _SELECTION_BIAS = re.compile(r"(?P<block>.*?)(\.gate)?\.e_score_correction_bias$")
 
 
@@ -39,39 +36,16 @@ def check_experts(checkpoint: Checkpoint) -> None:
                 )
 
 
-def zeros_of_masked(checkpoint: Checkpoint, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of zero for the absent experts, by name, each as another of its layer in `dense`.
-
-    Loaders want them; routers never select them.
-    """
-    zeros = {}
-    stored = _stored(dense)
+def absent_experts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Weights of masked experts that are not stored -> the same weight of an expert of that layer which is."""
+    absent = {}
+    stored = _stored(checkpoint.names())
     for layer, mask in _masks(checkpoint).items():
         for projection, indices in stored.get(layer, {}).items():
-            like = dense[f"{layer}.{min(indices)}.{projection}.weight"]
-            gone = [index for index, masked in enumerate(mask) if masked and index not in indices]
-            zeros.update({f"{layer}.{index}.{projection}.weight": torch.zeros_like(like) for index in gone})
-    return zeros
-
-
-def stack_experts(dense: Mapping[str, torch.Tensor], layout: StackedExperts) -> dict[str, torch.Tensor]:
-    """`dense` with each layer's experts stacked, as the family's own checkpoints have them."""
-    found: dict[str, torch.Tensor] = {}
-    single: dict[tuple[str, str], dict[str, dict[int, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
-    for name, tensor in dense.items():
-        if match := _EXPERT_TENSOR.match(name):
-            single[match["block"], match["kind"]][match["projection"]][int(match["index"])] = tensor
-        else:
-            found[name] = tensor
-    for (block, kind), experts in single.items():
-        gate, up, down = (torch.stack([t for _, t in sorted(experts[p].items())]) for p in PROJECTIONS)
-        gate_up = torch.stack([gate, up], dim=2 if layout.interleaved else 1).flatten(1, 2)
-        for name, stacked in ((layout.gate_up, gate_up), (layout.down, down)):
-            if kind == "bias":
-                found[f"{block}.{name}_bias"] = stacked
-            else:
-                found[f"{block}.{name}"] = stacked.mT.contiguous() if layout.transposed else stacked
-    return found
+            like = f"{layer}.{min(indices)}.{projection}.weight"
+            gone = (index for index, masked in enumerate(mask) if masked and index not in indices)
+            absent.update({f"{layer}.{index}.{projection}.weight": like for index in gone})
+    return absent
 
 
 def _stored(names: Iterable[str]) -> dict[str, dict[str, set[int]]]:

@@ -4,77 +4,74 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ..architectures import find_family
 from ..errors import MoeCollabError
-from .experts import check_experts, stack_experts, zeros_of_masked
+from .empty import EmptyModel, model_of, stock_conversions
 from .reader import Checkpoint
+from .twin import LazyTensor, dense_twin
 
 __all__ = ["load", "stock_conversions", "write_dense_twin"]
+
+_PASSED_ON = ("attn_implementation", "device_map", "experts_implementation", "max_memory", "offload_folder")
+"""Arguments of from_pretrained() that are of use here. Others would choose other weights, or none, or other shapes."""
+
+_SHARD = 2 << 30
+"""About how many bytes of a dense twin are in memory at a time, and in a file."""
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, **from_pretrained: Any) -> Any:
     """The transformers model that config.json names, or else a causal language model, with the dequantized weights.
 
-    `dtype` None keeps the checkpoint's. Raises `MoeCollabError` if a tensor is missing, unknown to the model,
-    or unreadable; no weight is ever left at its random start.
+    `dtype` None keeps the checkpoint's. `from_pretrained` may be `attn_implementation`, `experts_implementation`,
+    `device_map`, `max_memory` and `offload_folder`, as transformers knows them. The memory needed is that of the
+    unquantized model and, as transformers reads four at a time, of four of its matrices; to disk goes only what
+    `device_map` sends there. The files at `path` are not needed afterwards. Raises `MoeCollabError`, in most cases
+    before any weight is read, if a tensor is missing, unknown to the model, or unreadable; no weight is ever left at
+    its random start.
     """
-    import transformers
-
-    with tempfile.TemporaryDirectory(prefix="moe-collab-") as folder, stock_conversions():
-        write_dense_twin(path, folder, dtype)
-        name = next(iter(Checkpoint(folder).config.get("architectures") or []), "")
-        model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        arguments = {"dtype": dtype or "auto", "output_loading_info": True} | from_pretrained
-        try:
-            loaded: Any = model_class.from_pretrained(folder, **arguments)
-        except RuntimeError as error:  # transformers' word for shapes that do not fit
-            raise MoeCollabError(f"{path}: its tensors do not fit the model in config.json. {error}") from error
-        model, report = loaded
-    model.config._name_or_path = str(path)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            raise MoeCollabError(f"{path}: {kind.replace('_', ' ')} when loading: {sorted(map(str, report[kind]))[:5]}")
-    return model.eval()
-
-
-@contextmanager
-def stock_conversions() -> Iterator[None]:
-    """llm-compressor's load_context() replaces, for the whole process, how transformers fuses experts."""
-    from transformers import conversion_mapping
-
-    replaced = conversion_mapping._checkpoint_conversion_mapping_cache
-    conversion_mapping._checkpoint_conversion_mapping_cache = None
-    try:
-        yield
-    finally:
-        conversion_mapping._checkpoint_conversion_mapping_cache = replaced
+    if refused := sorted(set(from_pretrained).difference(_PASSED_ON)):
+        raise MoeCollabError(f"load() takes {', '.join(_PASSED_ON)} of from_pretrained(), not {', '.join(refused)}.")
+    empty = EmptyModel(path, dtype)
+    return model_of(empty.checkpoint, empty.tensors(), dtype, **from_pretrained)
 
 
 def write_dense_twin(path: str | Path, output: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the same model unquantized, as its family's own checkpoints: what the one at `path` computes with.
 
-    Dequantized weights get `dtype`, or else that of their scales; other tensors stay as they are.
+    Dequantized weights get `dtype`, or else that of their scales; other tensors stay as they are. About 2 GiB are in
+    memory at a time, and in one file.
     """
     checkpoint, output = Checkpoint(path), Path(output)
-    check_experts(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    dense = checkpoint.dense_tensors(dtype)
-    dense |= zeros_of_masked(checkpoint, dense)
-    family = find_family(checkpoint.config.get("model_type"))
-    if family and family.stacked:
-        dense = stack_experts(dense, family.stacked)
-    save_file(dense, output / "model.safetensors", metadata={"format": "pt"})
+    _write_shards(dense_twin(checkpoint, dtype), output)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in checkpoint.path.glob("*.json"):
         if file.name not in ("config.json", "model.safetensors.index.json"):
             shutil.copy2(file, output / file.name)
+
+
+def _write_shards(tensors: Mapping[str, LazyTensor], output: Path) -> None:
+    """Write one file, or several and their index, each read only when it is written."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.like.nbytes > _SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.like.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(t.like.nbytes for t in tensors.values())}, "weight_map": where}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: tensors[name].read() for name in names}, output / file, metadata={"format": "pt"})

@@ -89,7 +89,7 @@ class Checkpoint:
 
     def _open(self, file: Path) -> None:
         try:
-            handle = safe_open(file, "pt")
+            handle = safe_open(file, "pt", backend="pread")  # mapped files would count as memory once they are read
         except (SafetensorError, OSError) as error:
             raise MoeCollabError(
                 f"{file}: truncated or no safetensors file ({error}). Copy or make it again."
@@ -131,12 +131,23 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor. Raises `MoeCollabError` if it is missing or its file is broken."""
-        if name not in self._where:
-            raise MoeCollabError(f"{self.path}: tensor {name} is missing. Copy or make the checkpoint again.")
         try:
-            return self._files[self._where[name].name].get_tensor(name)
+            return self._file_of(name).get_tensor(name)
         except SafetensorError as error:
             raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
+
+    def _file_of(self, name: str) -> Any:
+        """The open file that holds a tensor. Raises `MoeCollabError` if none does."""
+        if name not in self._where:
+            raise MoeCollabError(f"{self.path}: tensor {name} is missing. Copy or make the checkpoint again.")
+        return self._files[self._where[name].name]
+
+    def _stored_like(self, name: str) -> torch.Tensor:
+        """A tensor's shape and type, on the meta device."""
+        stored = self._file_of(name).get_slice(name)
+        shape = stored.get_shape()
+        nothing = stored[:0] if shape else stored[...]  # its type as torch calls it, for which nothing is read
+        return torch.empty(shape, dtype=nothing.dtype, device="meta")
 
     def plain_tensor(self, name: str) -> torch.Tensor:
         """One tensor that is stored as the model computes with it. Raises `MoeCollabError` as `tensor`, or for NaN."""
@@ -194,18 +205,41 @@ class Checkpoint:
             raise MoeCollabError(f"{self._where[f'{module}.weight_packed']}: {module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))
 
-    def dense_tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """All tensors of the checkpoint's twin, by name, dequantized to `dtype` or else their scales'.
+    def dense_names(self) -> list[str]:
+        """Names of all tensors of the checkpoint's twin, in which every weight is stored unquantized."""
+        packed = set(self.quantized_modules())
+        names = []
+        for name in self._where:
+            module, _, suffix = name.rpartition(".")
+            if module not in packed or suffix not in SUFFIXES:
+                names.append(name)
+            elif suffix == "weight_packed":
+                names.append(f"{module}.weight")
+        return names
+
+    def dense_like(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What `dense_tensor` gives, on the meta device: its shape and type, read from the headers."""
+        module = self._packed(name)
+        if module is None:
+            return self._stored_like(name)
+        rows, columns = self.tensor(f"{module}.weight_shape").tolist()
+        return torch.empty(
+            rows, columns, dtype=dtype or self._stored_like(f"{module}.weight_scale").dtype, device="meta"
+        )
+
+    def dense_tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor of the twin; a quantized weight is dequantized to `dtype`, or else to the type of its scales.
 
         Raises `MoeCollabError` naming the tensor and its file if a scale is not finite or a plain tensor holds NaN.
         """
-        packed = set(self.quantized_modules())
-        dense = {}
-        for name in self._where:
-            module, _, suffix = name.rpartition(".")
-            if module in packed and suffix in SUFFIXES:
-                if suffix == "weight_packed":
-                    dense[f"{module}.weight"] = self.quantized(module).dequantized(dtype).contiguous()
-            else:
-                dense[name] = self.plain_tensor(name)
-        return dense
+        module = self._packed(name)
+        return self.plain_tensor(name) if module is None else self.quantized(module).dequantized(dtype).contiguous()
+
+    def dense_tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """All tensors of the twin by name, each as of `dense_tensor`; all of them are in memory then."""
+        return {name: self.dense_tensor(name, dtype) for name in self.dense_names()}
+
+    def _packed(self, name: str) -> str | None:
+        """The module whose quantized weight is what the twin calls `name`, None for any other tensor."""
+        module = name.removesuffix(".weight")
+        return module if module != name and f"{module}.weight_packed" in self._where else None
