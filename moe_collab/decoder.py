@@ -57,8 +57,14 @@ class Decoder:
     """
 
     def __init__(self, model: Any) -> None:
-        self._decoder = decoder_of(model)
+        self._decoder, self.embedding = decoder_of(model), model.get_input_embeddings()
         self.blocks: dict[str, nn.Module] = dict(_blocks(model, self._decoder))
+
+    @property
+    def outside(self) -> list[nn.Module]:
+        """The decoder's modules that are in no block, without the embedding: final norm, rotary embeddings."""
+        inside = {module for block in self.blocks.values() for module in block.modules()}
+        return [module for module in self._decoder.modules() if module not in inside and module is not self.embedding]
 
     @property
     def names(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,9 +11,7 @@ from compressed_tensors.distributed import get_source_rank, is_distributed, is_s
 from compressed_tensors.utils import update_offload_parameter
 from torch import distributed, nn
 
-from .statistics import ExpertStatistics
-
-__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "store", "sum_up"]
+__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "store"]
 
 T = TypeVar("T")
 
@@ -36,18 +34,6 @@ def agreed(value: T) -> T:
     with _on_cpu() as group:
         distributed.broadcast_object_list(values, get_source_rank(), group)
     return values[0]
-
-
-def sum_up(statistics: Iterable[ExpertStatistics]) -> None:
-    """Let every process's statistics, in the same order, be those of all."""
-    if not is_distributed():
-        return
-    with _on_cpu() as group:
-        for found in statistics:
-            for name, total in found.tensors().items():
-                highest = name == "largest"
-                operation = distributed.ReduceOp.MAX if highest else distributed.ReduceOp.SUM
-                distributed.all_reduce(total, operation, group)
 
 
 def store(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 
 from moe_collab.allocation import Decision
-from moe_collab.calibration import float32_weights, log_probabilities, mean_kl, replaced_weights, round_model
+from moe_collab.calibration import RoundedModel, log_probabilities, mean_kl
 from moe_collab.calibration import study as study_module
 from moe_collab.calibration.moments import second_moments
 from moe_collab.formats import TERNARY, Scheme
@@ -62,7 +61,7 @@ def rank_correlation(bench: Bench) -> dict[str, Any]:
     predicted, measured, errors = [], [], []
     rounder = Rounder(scale_dtype=model.live.dtype)
     schemes = [Scheme(TERNARY, 128), Scheme(2, 128), Scheme(3, 128)]
-    with float32_weights(model.live), torch.no_grad():
+    with model.changed({}), torch.no_grad():
         base = [log_probabilities(model.live, batch) for batch in heldout]
     for _ in range(COSTS_SAMPLED):
         layer = model.moe.layers[int(torch.randint(len(model.moe.layers), (), generator=generator))]
@@ -70,12 +69,10 @@ def rank_correlation(bench: Bench) -> dict[str, Any]:
         scheme = schemes[int(torch.randint(len(schemes), (), generator=generator))]
         half = ("gate_proj", "up_proj") if bool(torch.randint(2, (), generator=generator)) else ("down_proj",)
         chosen = {f"{layer.experts_name}.{index}.{projection}": scheme for projection in half}
-        moe = replace(model.moe, layers=(layer,))
-        with float32_weights(model.live):
-            grids = round_model(model.live, moe, chosen, model.batches[:8], rounder)
-            weights = {model.live.get_submodule(n).weight: grid.values()[0] for n, grid in grids.items()}
-            with replaced_weights(weights):
-                measured.append(mean_kl(model.live, heldout, base))
+        rounded = RoundedModel(model.calibration, rounder)
+        weights = {name: rounded[name].values() for name in rounded.round(chosen)}
+        with model.changed(weights):
+            measured.append(mean_kl(model.live, heldout, base))
         predicted.append(sum(model.table.cost(name, scheme) for name in chosen))
         errors.append(sum(bench.error_table.cost(name, scheme) for name in chosen))
     return {

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_collab.allocation import CostTable, Decision
 from moe_collab.allocation.decide import with_fewer_experts
+from moe_collab.calibration import RoundedModel
 from moe_collab.calibration.measurements import LiveMeasurements
 from moe_collab.evaluation import Evaluation
 from moe_collab.rounding import Rounder
@@ -42,8 +43,8 @@ class Bench:
         planner = model.planner(budget=budget, pruning=form, **fields)
         if form == "none":
             return planner.cheapest(model.table)
-        rounder = Rounder(scale_dtype=model.live.dtype)
-        measured = LiveMeasurements(model.live, model.moe, planner, rounder, model.batches, "")
+        rounded = RoundedModel(model.calibration, Rounder(scale_dtype=model.live.dtype))
+        measured = LiveMeasurements(model.calibration, planner, rounded, "")
         return with_fewer_experts(planner, measured, model.table)
 
     def decided(

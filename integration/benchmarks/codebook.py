@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_collab.allocation import Decision
-from moe_collab.calibration import capture_layers, float32_weights, replaced_weights
+from moe_collab.calibration import Calibration
 from moe_collab.calibration.study import HALVES, LayerStudy
 from moe_collab.evaluation import evaluate
 from moe_collab.formats import TERNARY, Scheme
@@ -44,11 +44,8 @@ def codebook_rows(bench: Bench) -> None:
     for method, feedback in (("codebook, nearest", False), ("codebook, error feedback", True)):
 
         def make(feedback: bool = feedback) -> dict[str, Any]:
-            found = codebook_weights(model.live, model.moe, model.batches, feedback)
-            with float32_weights(model.live):
-                replaced = {model.live.get_submodule(name).weight: value for name, value in found.items()}
-                with replaced_weights(replaced):
-                    return bench.row(None, size, evaluate(model.live, model.test, model.base), "memory")
+            with model.changed(codebook_weights(model.calibration, feedback)):
+                return bench.row(None, size, evaluate(model.live, model.test, model.base), "memory")
 
         bench.add("codebook", BELOW, method, make)
     for method, rounder in {
@@ -64,29 +61,29 @@ def codebook_bytes() -> int:
     return ENTRIES * WIDTH * 2
 
 
-def codebook_weights(live: Any, moe: Any, batches: list, feedback: bool) -> dict[str, torch.Tensor]:
+def codebook_weights(calibration: Calibration, feedback: bool) -> dict[str, torch.Tensor]:
     """Module name -> weight rounded to the codebook, for every routed expert."""
     halves = []
-    with float32_weights(live):
-        for layer, samples in capture_layers(live, moe.layers, batches):
-            study = LayerStudy(layer, samples)
-            moments = study.moments()
-            halves += [(layer, half, study.weights(half), moments[half].mean(1)) for half in HALVES]
+    samples, _ = calibration.samples()
+    for layer in calibration.moe.layers:
+        for group in LayerStudy(layer, samples[layer.name]).groups(layer.live_experts):
+            for half in HALVES:
+                halves.append((layer, group.members, half, group.weights(half), group.moments[half].mean(1)))
     vectors, importance = [], []
-    for _, _, weights, moment in halves:
+    for _, _, _, weights, moment in halves:
         scaled = _grouped(weights) / _scales(weights)
         vectors.append(scaled.reshape(-1, WIDTH))
         columns = moment.diagonal(dim1=-2, dim2=-1)[:, None].expand_as(weights)
         importance.append(columns.reshape(-1, WIDTH))
     book = _trained(torch.cat(vectors), torch.cat(importance))
     found = {}
-    for layer, half, weights, moment in halves:
+    for layer, members, half, weights, moment in halves:
         rounded = _rounded(weights, moment, book, feedback)
-        for index in layer.live_experts:
+        for position, index in enumerate(members):
             if half == "down":
-                found[f"{layer.experts_name}.{index}.down_proj"] = rounded[index]
+                found[f"{layer.experts_name}.{index}.down_proj"] = rounded[position]
             else:
-                gate, up = rounded[index].chunk(2)
+                gate, up = rounded[position].chunk(2)
                 found |= {f"{layer.experts_name}.{index}.gate_proj": gate, f"{layer.experts_name}.{index}.up_proj": up}
     return found
 

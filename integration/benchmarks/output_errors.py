@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_collab.allocation import CostTable
-from moe_collab.calibration import capture_layers, float32_weights
-from moe_collab.calibration.study import COST_TOKENS, HALVES, LayerStudy
+from moe_collab.calibration.study import COST_TOKENS, HALVES, ExpertGroup, LayerStudy
 from moe_collab.rounding import Rounder
 
 from .trained import TrainedModel
@@ -21,32 +20,33 @@ def output_error_table(model: TrainedModel) -> CostTable:
         return CostTable.model_validate_json(file.read_text())
     rounder, table = Rounder(scale_dtype=model.live.dtype), CostTable()
     options = model.planner(budget="1TB").request.schemes()
-    with float32_weights(model.live):
-        for layer, samples in capture_layers(model.live, model.moe.layers, model.batches):
-            study = LayerStudy(layer, samples)
-            moments = study.moments()
+    samples, _ = model.calibration.samples()
+    for layer in model.moe.layers:
+        for group in LayerStudy(layer, samples[layer.name]).groups(layer.live_experts):
             for half in HALVES:
                 projections = ("gate_proj", "up_proj") if half == "gate_up" else ("down_proj",)
-                columns = study.weights(half).shape[-1]
+                weights = group.weights(half)
+                columns = weights.shape[-1]
                 schemes = [s for s in options if columns % s.group_of(columns) == 0]
-                grids = [rounder(study.weights(half), moments[half], scheme).values() for scheme in schemes]
-                for index in study.experts:
-                    costs = [_output_error(study, index, half, grid[index]) / len(projections) for grid in grids]
+                grids = [rounder(weights, group.moments[half], scheme).values() for scheme in schemes]
+                for position, index in enumerate(group.members):
+                    costs = [_output_error(group, index, half, grid[position]) / len(projections) for grid in grids]
                     for projection in projections:
                         table.add(f"{layer.experts_name}.{index}.{projection}", schemes, costs)
     table.save(file)
     return table
 
 
-def _output_error(study: LayerStudy, index: int, half: str, weight: torch.Tensor) -> float:
+def _output_error(group: ExpertGroup, index: int, half: str, weight: torch.Tensor) -> float:
     """Mean over all tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2 with one half of an expert rounded."""
-    tokens_, weights = study.samples.routed(index, COST_TOKENS)
-    if not len(tokens_):
+    samples = group.study.samples
+    rows, weights = samples.routed(index, COST_TOKENS)
+    if not len(rows):
         return 0.0
-    own, hidden = study.experts[index], study.samples.hidden[tokens_]
+    own, hidden = group.experts[index], samples.hidden[rows].float()
     if half == "gate_up":
         change = (own.inner(hidden, weight) - own.inner(hidden)) @ own.down.T
     else:
         change = own.inner(hidden) @ (weight - own.down).T
     mean = (change.square().sum(-1) * weights.square()).double().mean()
-    return float(mean) * float(study.counts[index]) / study.samples.num_tokens
+    return float(mean) * float(samples.counts[index]) / samples.num_tokens

@@ -46,6 +46,8 @@ LENGTH, BATCH = 128, 8
 FLAT = {"layers": 0.05, "tokens": 0.20}
 """How much the peaks of such rows may differ."""
 RECIPES = ("prune", "all")
+NARROW = SMALL.resized(hidden_size=512, num_attention_heads=4, num_key_value_heads=4)
+"""What can be rounded at many layers in the time of a row."""
 FAMILIES = ("qwen3_moe", "deepseek_v3")
 WAYS = ("memory", "disk")
 """From where the model is read; the checkpoint must not depend on it."""
@@ -68,11 +70,15 @@ CASES = {
     "olmoe-16": Case(OLMOE, "prune", 8192),
     "deepseek-layer": Case(DEEPSEEK, "prune", 8192),
     **{
-        f"layers-{count}-{how}": Case(SMALL.resized(num_hidden_layers=count), how, 4096)
-        for how in RECIPES
+        f"layers-{count}-{how}": Case(shape.resized(num_hidden_layers=count), how, 4096)
+        for how, shape in zip(RECIPES, (SMALL, NARROW), strict=True)
         for count in (4, 8, 16)
     },
-    **{f"tokens-{times}x-{how}": Case(SMALL, how, 2048 * times) for how in RECIPES for times in (1, 4, 16)},
+    **{
+        f"tokens-{times}x-{how}": Case(shape, how, 2048 * times)
+        for how, shape in zip(RECIPES, (SMALL, NARROW), strict=True)
+        for times in (1, 4, 16)
+    },
 }
 EQUAL = [f"equal-{family}" for family in FAMILIES]
 
@@ -81,7 +87,8 @@ def steps(name: str, folder: Path) -> str:
     """The recipe `name`, `prune` or `all`, which leaves its files in `folder`."""
     prune = {"ExpertPruningModifier": {"retention": 0.75, "statistics": str(folder / "statistics")}}
     plan = {key: str(folder / f"{key}.json") for key in ("plan", "costs")}
-    allocate = {"MixedBitAllocModifier": {"bpw": 3.0, "bits": [2, 3, 4], "group_size": 128} | plan}
+    options = {"bits": [2, 4], "group_size": 128, "symmetric": True}  # few, for time: memory is what is measured
+    allocate = {"MixedBitAllocModifier": {"bpw": 3.0} | options | plan}
     quantize = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
     modifiers: dict[str, list[dict]] = {"prune": [prune], "all": [prune, allocate, quantize]}
     return recipe(*modifiers[name])

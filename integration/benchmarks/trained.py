@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import moe_collab
 from moe_collab.allocation import CostTable, Decision, Planner
-from moe_collab.calibration import (
-    float32_weights,
-    inputs_of,
-    kept_masks,
-    masked_routers,
-    replaced_weights,
-    round_model,
-)
+from moe_collab.calibration import Calibration, RoundedModel, inputs_of, kept_masks
+from moe_collab.calibration.at_hand import at_hand, shadowed
+from moe_collab.calibration.routing import choosing_among
 from moe_collab.checkpoint.load import stock_conversions
 from moe_collab.evaluation import Evaluation, evaluate, log_probabilities
 from moe_collab.formats import TERNARY, Scheme
@@ -59,9 +56,23 @@ class TrainedModel:
         return describe(self.live)
 
     @cached_property
-    def batches(self) -> list[dict[str, torch.Tensor]]:
-        """Calibration batches."""
-        return [inputs_of(batch, torch.device("cpu")) for batch in calibration(model=self.source)]
+    def calibration(self) -> Calibration:
+        """What the calibration tokens tell about it."""
+        batches = [inputs_of(batch, torch.device("cpu")) for batch in calibration(model=self.source)]
+        return Calibration(self.live, self.moe, batches)
+
+    @contextmanager
+    def changed(
+        self, weights: Mapping[str, torch.Tensor], dropped: Mapping[str, Collection[int]] | None = None
+    ) -> Iterator[None]:
+        """Let the model compute in float32 within the block, with other weights of modules and without experts."""
+        kept = kept_masks(self.moe, dropped or {})
+        with ExitStack() as stack:
+            stack.enter_context(at_hand(self.live.modules(), torch.device("cpu")))
+            stack.enter_context(shadowed({self.live.get_submodule(n): {"weight": w} for n, w in weights.items()}))
+            for layer in self.moe.layers:
+                stack.enter_context(choosing_among(layer, kept.get(layer.name)))
+            yield
 
     @cached_property
     def base(self) -> torch.Tensor:
@@ -103,10 +114,7 @@ class TrainedModel:
 
     def in_memory(self, decision: Decision, rounder: Rounder | None = None) -> Evaluation:
         """Round as `decision` says and evaluate, on the live model."""
-        rounder = rounder or Rounder(scale_dtype=self.live.dtype)
-        masks = kept_masks(self.moe, decision.dropped)
-        with float32_weights(self.live), masked_routers(self.moe, masks):
-            grids = round_model(self.live, self.moe, decision.schemes, self.batches, rounder)
-            weights = {self.live.get_submodule(name).weight: grid.values()[0] for name, grid in grids.items()}
-            with replaced_weights(weights):
-                return evaluate(self.live, self.test, self.base)
+        rounded = RoundedModel(self.calibration, rounder or Rounder(scale_dtype=self.live.dtype))
+        names = rounded.round(decision.schemes, kept_masks(self.moe, decision.dropped))
+        with self.changed({name: rounded[name].values() for name in names}, decision.dropped):
+            return evaluate(self.live, self.test, self.base)

@@ -1,23 +1,25 @@
 """What calibration tokens tell of a model's matrices: which they reach, what errors there cost, how to round them."""
 
-from .experts import ExpertWeights
-from .live import float32_weights, held_out, inputs_of, log_probabilities, masked_routers, mean_kl, replaced_weights
-from .rounded_model import Trial, kept_masks, round_model
-from .samples import LayerSamples, capture, capture_layers
+from .live import float32_weights, inputs_of, log_probabilities, mean_kl
+from .micro_batches import MicroBatches, held_out
+from .rounded_model import RoundedModel, Trial
+from .run import Calibration, kept_masks
+from .samples import LayerSamples
+from .scratch import Scratch
+from .stream import Stream
 
 __all__ = [
-    "ExpertWeights",
+    "Calibration",
     "LayerSamples",
+    "MicroBatches",
+    "RoundedModel",
+    "Scratch",
+    "Stream",
     "Trial",
-    "capture",
-    "capture_layers",
     "float32_weights",
     "held_out",
     "inputs_of",
     "kept_masks",
     "log_probabilities",
-    "masked_routers",
     "mean_kl",
-    "replaced_weights",
-    "round_model",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,11 +14,9 @@ from compressed_tensors.offload import disable_offloading
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..decoder import decoder_of, replaced_forward
-from ..moe_model import MoEModel
+from ..decoder import Decoder
 from .adam import adam_steps
-from .live import float32_weights
-from .samples import frozen
+from .live import float32_weights, frozen
 from .small_tensors import SmallTensor, in_place
 from .teacher import Batch, Lessons, divergence, kl_of
 
@@ -100,26 +98,16 @@ def _restore(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor])
         parameter.data.copy_(value)
 
 
-def _blocks(model: nn.Module, moe: MoEModel) -> dict[str, nn.Module]:
-    """The decoder's blocks by name, in order: the list of modules that the MoE layers are in."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and moe.layers[0].name.startswith(f"{name}."):
-            return {f"{name}.{index}": block for index, block in enumerate(module)}
-    raise AssertionError(f"{moe.layers[0].name} is in no list of blocks")
-
-
 class BlockOutputs:
     """The outputs of the original model's blocks, for batches to learn from and batches to judge by, in `folder`."""
 
-    def __init__(
-        self, model: Any, moe: MoEModel, known: Sequence[Batch], unseen: Sequence[Batch], folder: Path
-    ) -> None:
+    def __init__(self, model: Any, known: Sequence[Batch], unseen: Sequence[Batch], folder: Path) -> None:
         self.batches, self.num_known, self._folder = [*known, *unseen], len(known), folder
-        calls = _calls(model, moe, self.batches)
-        hidden = calls.hidden
-        for name, block in _blocks(model, moe).items():
-            with _at_hand(block):
-                hidden = _outputs(calls.of(name, block), hidden)
+        decoder = Decoder(model)
+        hidden = _embedded(decoder, self.batches)
+        for name, block in decoder.blocks.items():
+            with _computing(block) as dtype:
+                hidden = _outputs([partial(_call, decoder, name, batch, dtype) for batch in self.batches], hidden)
             for position, output in enumerate(hidden):
                 save_file({"output": output.contiguous().cpu()}, self._file(name, position))
 
@@ -146,7 +134,7 @@ class _Example(NamedTuple):
 
 @torch.no_grad()
 def learn_blocks(
-    model: Any, moe: MoEModel, tensors: Mapping[str, SmallTensor], originals: BlockOutputs, steps: int
+    model: Any, tensors: Mapping[str, SmallTensor], originals: BlockOutputs, steps: int
 ) -> dict[str, Learned]:
     """Train `tensors` (by module name) block by block, to bring each block's output closer to the original block's.
 
@@ -154,13 +142,13 @@ def learn_blocks(
     input is what the blocks before it put out after they have learned, so it makes up for their errors too. Only one
     block at a time is in float32; of an offloaded model, only one is in memory. Returns block name -> what it learned.
     """
-    calls = _calls(model, moe, originals.batches)
-    hidden, valid = calls.hidden, [_valid(batch) for batch in originals.batches]
+    decoder = Decoder(model)
+    hidden, valid = _embedded(decoder, originals.batches), [_valid(batch) for batch in originals.batches]
     found = {}
-    for name, block in _blocks(model, moe).items():
+    for name, block in decoder.blocks.items():
         learning = [tensor for module, tensor in tensors.items() if module.startswith(f"{name}.")]
-        with _at_hand(block), in_place(learning):
-            ways = calls.of(name, block)
+        with _computing(block) as dtype, in_place(learning):
+            ways = [partial(_call, decoder, name, batch, dtype) for batch in originals.batches]
             if learning:
                 examples = list(map(_Example, hidden, ways, originals.of(name), valid))
                 known, unseen = examples[: originals.num_known], examples[originals.num_known :]
@@ -169,60 +157,24 @@ def learn_blocks(
     return found
 
 
-class _Calls(NamedTuple):
-    """The first block's input for each batch, and all other arguments, by block name, that a block is called with."""
-
-    hidden: list[torch.Tensor]
-    others: dict[str, list[tuple[tuple, dict[str, Any]]]]
-
-    def of(self, name: str, block: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """For each batch a function that calls `block` as the model does, in the type that its weights have now."""
-        dtype = next(p for p in block.parameters() if p.is_floating_point()).dtype
-        return [partial(_call, block, dtype, *_typed(others, dtype)) for others in self.others[name]]
+@contextmanager
+def _computing(block: nn.Module) -> Iterator[torch.dtype]:
+    """Have the model's `block` in memory, in float32 if that fits; yields the type that it computes in."""
+    with disable_offloading(), float32_weights(block), frozen(block):
+        yield next(module.weight.dtype for module in block.modules() if isinstance(module, nn.Linear))
 
 
 @torch.no_grad()
-def _calls(model: Any, moe: MoEModel, batches: Sequence[Batch]) -> _Calls:
-    """Record how the model calls its blocks; none of them is computed, so that those on disk stay there."""
-    blocks = _blocks(model, moe)
-    calls = _Calls([], {name: [] for name in blocks})
-
-    def see(name: str, *args: Any, **named: Any) -> torch.Tensor:
-        hidden = named.pop("hidden_states") if "hidden_states" in named else args[0]
-        if len(calls.hidden) == len(calls.others[name]):
-            calls.hidden.append(hidden)
-        calls.others[name].append((args[1:], named))
-        return hidden
-
-    with ExitStack() as stack:
-        for name, block in blocks.items():
-            stack.enter_context(replaced_forward(block, partial(see, name)))
-        for batch in batches:
-            decoder_of(model)(**batch, use_cache=False)
-    return calls
+def _embedded(decoder: Decoder, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """The first block's input for each batch."""
+    with disable_offloading():
+        return [decoder.embed(batch) for batch in batches]
 
 
-def _typed(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with all floating-point tensors in it of type `dtype`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        return tuple(_typed(item, dtype) for item in value)
-    return {name: _typed(item, dtype) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def _call(
-    block: nn.Module, dtype: torch.dtype, rest: tuple, named: dict[str, Any], hidden: torch.Tensor
-) -> torch.Tensor:
-    output = block(hidden.to(dtype), *rest, **named)
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _at_hand(block: nn.Module) -> Iterator[None]:
-    """Have the model's `block` in memory, in float32 if that fits, and let its own parameters take no gradients."""
-    with disable_offloading(), float32_weights(block), frozen(block):
-        yield
+def _call(decoder: Decoder, name: str, batch: Batch, dtype: torch.dtype, hidden: torch.Tensor) -> torch.Tensor:
+    """What block `name` makes of `hidden` [rows, length, H]."""
+    hidden = hidden.to(dtype)
+    return decoder.calls(batch, hidden)[name](decoder.blocks[name], hidden)
 
 
 @torch.no_grad()

@@ -1,137 +1,66 @@
-"""Changes to a live model on trial, undone afterwards (float32, other weights, masked experts), and its predictions."""
+"""A live model in float32, and its predictions."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from loguru import logger
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..architectures import MASKED_BIAS, logits_scaling
-from ..decoder import decoder_of, replaced_forward
+from ..architectures import logits_scaling
+from ..decoder import decoder_of
 from ..kernels.memory import available_memory
-from ..moe_model import MoELayer, MoEModel
+from .at_hand import at_hand, compute_device
 
 __all__ = [
     "float32_weights",
-    "held_out",
+    "frozen",
     "inputs_of",
     "log_probabilities",
-    "masked_routers",
     "mean_kl",
     "predict",
     "predicted",
-    "replaced_weights",
 ]
-
-T = TypeVar("T")
 
 
 @contextmanager
 def float32_weights(model: nn.Module) -> Iterator[None]:
-    """Hold the model's weights in float32 within the block; afterwards their own type and values are back.
+    """Let the model compute with copies of its weights in float32 within the block; its own are left alone.
 
     CPUs without bfloat16 units compute several times faster in float32, and small differences in KL are not rounded
     away. Where the copies would take more than half of the available memory, the model computes in its own type.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    narrow = {id(t): (t, t.data) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)}
-    needed, free = 4 * sum(t.numel() for t, _ in narrow.values()), available_memory()
+    with disable_onloading():  # sizes are known without reading a model that is on disk
+        needed, free = 4 * sum(tensor.numel() for tensor in model.parameters()), available_memory()
     if 0 < free < 2 * needed:
         logger.info("computing in the model's own type; float32 takes {:.1f} GB of {:.1f}", needed / 1e9, free / 1e9)
-        narrow = {}
-    try:
-        for tensor, data in narrow.values():
-            tensor.data = data.float()
         yield
-    finally:
-        for tensor, data in narrow.values():
-            tensor.data = data
+        return
+    with at_hand(model.modules(), compute_device()):
+        yield
 
 
 @contextmanager
-def replaced_weights(weights: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Give parameters other values of the same shape within the block."""
-    before = {parameter: parameter.data for parameter in weights}
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter takes gradients within the block."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
-        for parameter, value in weights.items():
-            parameter.data = value.to(parameter.dtype)
         yield
     finally:
-        for parameter, data in before.items():
-            parameter.data = data
-
-
-@contextmanager
-def masked_routers(moe: MoEModel, kept: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the routers of the named layers choose only experts that `kept` [num_experts, bool] marks."""
-    with ExitStack() as stack:
-        for layer in moe.layers:
-            if layer.name in kept and not bool(kept[layer.name].all()):
-                stack.enter_context(replaced_forward(layer.router, masked_router(layer, kept[layer.name])))
-        yield
-
-
-def masked_router(layer: MoELayer, kept: torch.Tensor) -> Any:
-    """A forward for the layer's router that chooses only among `kept` experts [num_experts, bool].
-
-    It returns what the router's own forward returns. The other experts get a selection bias with which they are never
-    chosen, or, in routers without one, a logit of minus infinity, as if the router had no rows for them.
-    """
-    router: Any = layer.router
-    holder: Any = layer.bias_holder
-    stock = type(router).forward
-    if holder is None:
-        return partial(_without, stock, router, ~kept)
-    bias = torch.where(kept, holder.e_score_correction_bias, MASKED_BIAS).to(holder.e_score_correction_bias.dtype)
-    if holder is not router:
-        return lambda hidden_states, *_: stock(router, hidden_states, bias)
-    router = copy.deepcopy(router)
-    router.e_score_correction_bias.data = bias
-    return stock.__get__(router)
-
-
-def _without(forward: Any, router: nn.Module, gone: torch.Tensor, *args: Any) -> Any:
-    with _LogitsWithout(gone):
-        return forward(router, *args)
-
-
-class _LogitsWithout(TorchFunctionMode):
-    """Sets the logits of the experts `gone` to minus infinity while a router's forward runs.
-
-    The logits [..., experts] are the result of the one matrix product that a router computes.
-    """
-
-    def __init__(self, gone: torch.Tensor) -> None:
-        super().__init__()
-        self._gone = gone
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.masked_fill(self._gone, -torch.inf) if func is nn.functional.linear else result
-
-
-def held_out(batches: Sequence[T]) -> tuple[list[T], list[T]]:
-    """(batches to learn from, batches to judge by).
-
-    Every eighth batch, or the last of fewer than eight, is held out to judge by. These are spread over the whole set,
-    because calibration text comes sorted, say by source. A single batch serves for both.
-    """
-    step = min(8, len(batches))
-    rest = [batch for position, batch in enumerate(batches) if position % step != step - 1]
-    return rest or list(batches), list(batches[step - 1 :: step])
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """The `input_ids` and `attention_mask` (if any) of one batch of oneshot()'s data, as tensors on `device`."""
     names = ("input_ids", "attention_mask")
-    return {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
+    return {name: torch.atleast_2d(torch.as_tensor(batch[name])).to(device) for name in names if name in batch}
 
 
 def predict(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +81,8 @@ def log_probabilities(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
 
 def predicted(batch: Mapping[str, torch.Tensor]) -> Any:
     """An index that picks, of all positions but the last [rows, length - 1], those whose next token is no padding."""
-    return batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else slice(None)
+    mask = batch.get("attention_mask")
+    return slice(None) if mask is None else mask[:, 1:].bool() & mask[:, :-1].bool()
 
 
 @torch.no_grad()

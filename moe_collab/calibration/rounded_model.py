@@ -1,50 +1,113 @@
-"""A model's matrices rounded at the schemes chosen for them, on copies; and what that does to its predictions."""
+"""A model's matrices rounded at the schemes chosen for them, kept packed; and what that does to its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import nn
 
 from ..architectures import PROJECTIONS
 from ..errors import MoeCollabError
 from ..formats import DENSE, Scheme
-from ..moe_model import MoELayer, MoEModel
-from ..rounding import Grid, Rounder
-from .linears import capture_linears
-from .live import float32_weights, log_probabilities, masked_routers, mean_kl, replaced_weights
-from .samples import capture_layers
+from ..moe_model import MoELayer
+from ..rounding import Grid, PackedGrid, Rounder
+from .experts import ExpertWeights
+from .head import KL, Head
+from .progress import stage
+from .run import Calibration, kept_masks
+from .stream import Masks
 from .study import ExpertGrids, LayerStudy
 
-__all__ = ["Trial", "kept_masks", "round_model"]
-
-Batches = Sequence[Mapping[str, torch.Tensor]]
+__all__ = ["RoundedModel", "Trial"]
 
 
-def round_model(
-    model: Any, moe: MoEModel, schemes: Mapping[str, Scheme], batches: Batches, rounder: Rounder
-) -> dict[str, Grid]:
-    """Module name -> grid (a batch of one), for every module of `schemes` that is packed; the model stays as it is.
+class RoundedModel:
+    """Rounds modules of the model that `calibration` is about, by its samples, with `rounder`.
 
     Every expert is rounded by the tokens that the router sends to it, and its down_proj makes up for its rounded gate
-    and up.
+    and up. What has been rounded is kept, packed, and not rounded again for the same schemes and routing.
     """
-    experts = {name for layer in moe.layers for name, *_ in layer.projections()}
-    others = {name: scheme for name, scheme in schemes.items() if scheme.is_packed and name not in experts}
-    samples = capture_linears(model, {name: model.get_submodule(name) for name in others}, batches)
-    found: dict[str, Grid] = {name: seen.rounded(rounder, others[name]) for name, seen in samples.items()}
-    pairs = {layer.name: _pairs(layer, schemes) for layer in moe.layers}
-    wanted = [layer for layer in moe.layers if pairs[layer.name]]
-    for layer, seen in capture_layers(model, wanted, batches) if wanted else ():
-        study = LayerStudy(layer, seen)
-        if unseen := [index for index in pairs[layer.name] if not study.counts[index]]:
-            logger.warning("{}: no calibration token was routed to experts {}", layer.name, unseen)
-        for index, grids in study.round_all(rounder, study.moments(), pairs[layer.name]).items():
-            found |= _split(f"{layer.experts_name}.{index}", grids)
-    return found
+
+    def __init__(self, calibration: Calibration, rounder: Rounder) -> None:
+        self._calibration, self.rounder = calibration, rounder
+        self._found: dict[str, tuple[object, PackedGrid]] = {}
+
+    def __getitem__(self, name: str) -> PackedGrid:
+        """Module `name`, as it was rounded last."""
+        return self._found[name][1]
+
+    def replace(self, name: str, grid: Grid) -> None:
+        """Let module `name` be rounded to `grid`, a batch of one, instead."""
+        key, _ = self._found[name]
+        self._found[name] = key, self._packed(name, grid)
+
+    def round(self, schemes: Mapping[str, Scheme], kept: Masks | None = None) -> list[str]:
+        """Round every module of `schemes` that is packed, while routers choose among `kept`.
+
+        Returns the names of what is rounded: not of modules that calibration tokens do not reach, such as a vision
+        tower's.
+        """
+        wanted = {name: _key(name, schemes, kept) for name, scheme in schemes.items() if scheme.is_packed}
+        stale = {name for name, key in wanted.items() if name not in self._found or self._found[name][0] != key}
+        if stale:
+            for name, grid in self._rounded({name: schemes[name] for name in stale}, kept):
+                self._found[name] = wanted[name], grid
+        return [name for name in wanted if name in self._found]
+
+    def _rounded(self, schemes: Mapping[str, Scheme], kept: Masks | None) -> Iterator[tuple[str, PackedGrid]]:
+        layers = self._calibration.moe.layers
+        experts = {name for layer in layers for name, *_ in layer.projections()}
+        model: Any = self._calibration.model
+        others = {name: model.get_submodule(name) for name in schemes if name not in experts}
+        samples, linears = self._calibration.samples(others, kept)
+        for name in others.keys() & linears.keys():
+            yield name, self._packed(name, linears[name].rounded(self.rounder, schemes[name]))
+        for layer in stage("rounding", layers):
+            pairs = _pairs(layer, schemes)
+            if not pairs:
+                continue
+            study = LayerStudy(layer, samples[layer.name])
+            if unseen := [index for index in pairs if not study.samples.counts[index]]:
+                logger.warning("{}: no calibration token was routed to experts {}", layer.name, unseen)
+            for group in study.groups(pairs):
+                for index, grids in group.round(self.rounder, pairs).items():
+                    for name, grid in _split(f"{layer.experts_name}.{index}", grids):
+                        if name in schemes:
+                            yield name, self._packed(name, grid)
+
+    def _packed(self, name: str, grid: Grid) -> PackedGrid:
+        found, keep = PackedGrid.of(grid, self.rounder.scale_dtype), self._calibration.scratch.keep
+        return replace(found, words=keep(f"{name}.words", found.words), scales=keep(f"{name}.scales", found.scales))
+
+    def expert(self, names: Collection[str], layer: MoELayer, index: int, device: torch.device) -> ExpertWeights:
+        """Expert `index` of `layer`, its matrices among `names` rounded."""
+        own = ExpertWeights.of(layer, index, device)
+        gate, up, down = (f"{layer.experts_name}.{index}.{projection}" for projection in PROJECTIONS)
+        if gate in names:
+            own = replace(own, gate_up=torch.cat([self.values(name, device) for name in (gate, up)]))
+        return replace(own, down=self.values(down, device)) if down in names else own
+
+    def values(self, name: str, device: torch.device) -> torch.Tensor:
+        """The rounded weight of module `name`, float32, as precise as the model will hold it."""
+        return self[name].values(device).to(self.rounder.scale_dtype).float()
+
+    def dense(self, names: Collection[str], device: torch.device) -> dict[Any, dict[str, torch.Tensor]]:
+        """Module -> its rounded weight, for those of `names` that are no experts' matrices."""
+        experts = {name for layer in self._calibration.moe.layers for name, *_ in layer.projections()}
+        model: Any = self._calibration.model
+        rest = [name for name in names if name not in experts]
+        return {model.get_submodule(name): {"weight": self.values(name, device)} for name in rest}
+
+
+def _key(name: str, schemes: Mapping[str, Scheme], kept: Masks | None) -> object:
+    """All that the rounding of a module depends on: its expert's schemes, and which experts routers may choose."""
+    expert = name.rpartition(".")[0]
+    parts = [schemes.get(f"{expert}.{projection}") for projection in PROJECTIONS]
+    return schemes[name], parts, {layer: mask.tolist() for layer, mask in (kept or {}).items()}
 
 
 def _pairs(layer: MoELayer, schemes: Mapping[str, Scheme]) -> dict[int, tuple[Scheme, Scheme]]:
@@ -62,62 +125,40 @@ def _pairs(layer: MoELayer, schemes: Mapping[str, Scheme]) -> dict[int, tuple[Sc
     return pairs
 
 
-def _split(expert: str, grids: ExpertGrids) -> dict[str, Grid]:
-    found: dict[str, Grid] = {}
+def _split(expert: str, grids: ExpertGrids) -> Iterator[tuple[str, Grid]]:
     if grids.gate_up is not None:
         gate, up = (grids.gate_up.reshaped(2).select(half) for half in (0, 1))
-        found |= {f"{expert}.gate_proj": gate, f"{expert}.up_proj": up}
+        yield from ((f"{expert}.gate_proj", gate), (f"{expert}.up_proj", up))
     if grids.down is not None:
-        found[f"{expert}.down_proj"] = grids.down
-    return found
-
-
-def kept_masks(moe: MoEModel, dropped: Mapping[str, Collection[int]]) -> dict[str, torch.Tensor]:
-    """Layer name -> which experts stay [num_experts, bool], for layers that lose any."""
-    masks = {}
-    for layer in moe.layers:
-        if gone := dropped.get(layer.name):
-            masks[layer.name] = torch.tensor([index not in gone for index in range(layer.num_experts)])
-    return masks
+        yield f"{expert}.down_proj", grids.down
 
 
 class Trial:
     """Rounds a model on trial, as it would be rounded in earnest, and measures its KL on held-out tokens.
 
-    A matrix whose rounding is the same in two trials is rounded once.
+    Two streams of hidden states are compared at the end: those of the model as it is, which are kept, and those with
+    rounded weights. The model is not touched.
     """
 
-    def __init__(self, model: Any, moe: MoEModel, rounder: Rounder, batches: Batches, heldout: Batches) -> None:
-        self._model, self._moe, self._rounder = model, moe, rounder
-        self._batches, self._heldout = batches, heldout
-        self._rounded: dict[str, tuple[object, torch.Tensor]] = {}
-        with float32_weights(model), torch.no_grad():
-            self._base = [log_probabilities(model, batch).half() for batch in heldout]
-        if not all(torch.isfinite(logp).all() for logp in self._base):
-            raise MoeCollabError(
-                "the model's predictions on the calibration data are NaN or infinite; nothing was changed."
-            )
+    def __init__(self, calibration: Calibration, rounded: RoundedModel) -> None:
+        self._calibration, self._rounded = calibration, rounded
+        self._base: torch.Tensor | None = None
 
     def kl(self, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> float:
         """KL(model || model rounded at `schemes`, without the experts `dropped` of each layer), nats per token."""
-        masks = kept_masks(self._moe, dropped)
-        state = {name: self._state(name, schemes, dropped) for name, scheme in schemes.items() if scheme.is_packed}
-        stale = {name for name, key in state.items() if name not in self._rounded or self._rounded[name][0] != key}
-        with float32_weights(self._model), masked_routers(self._moe, masks):
-            wanted = {name: schemes[name] for name in stale}
-            for name, grid in round_model(self._model, self._moe, wanted, self._batches, self._rounder).items():
-                dtype = self._rounder.scale_dtype
-                self._rounded[name] = state[name], grid.values()[0].to(dtype)
-            weights = {self._weight(name): self._rounded[name][1] for name in state}
-            with replaced_weights(weights):
-                return mean_kl(self._model, self._heldout, self._base)
-
-    def _state(self, name: str, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> object:
-        """All that the rounding of a module depends on: its expert's schemes, and which experts have been dropped."""
-        expert = name.rpartition(".")[0]
-        parts = [schemes.get(f"{expert}.{projection}") for projection in PROJECTIONS]
-        gone = sorted((layer, tuple(sorted(members))) for layer, members in dropped.items() if members)
-        return schemes[name], parts, gone
-
-    def _weight(self, name: str) -> nn.Parameter:
-        return self._model.get_submodule(name).weight
+        calibration = self._calibration
+        kept = kept_masks(calibration.moe, dropped)
+        names = set(self._rounded.round(schemes, kept))
+        stream = calibration.stream(calibration.judge)
+        with stream.running():
+            if self._base is None:
+                self._base = stream.last("base")
+            model: Any = calibration.model
+            head = Head.of(model, stream.device)
+            other = head
+            head_name = next((n for n in names if model.get_submodule(n) is model.get_output_embeddings()), None)
+            if head_name is not None:
+                other = head._replace(weight=self._rounded.values(head_name, stream.device))
+            weights_of = partial(self._rounded.expert, names)
+            last = stream.last("trial", kept, self._rounded.dense(names, stream.device), weights_of)
+            return KL(stream, head, other).mean(self._base, last)

@@ -1,201 +1,227 @@
-"""One forward and backward pass over calibration tokens: what each MoE layer saw, and what errors there cost.
+"""Samples of what a layer's experts, or a Linear, saw of the calibration tokens, and what errors there cost.
 
 The loss is the likelihood of tokens drawn from the model's own predictions, so that the expected squared gradient is
 the Fisher information, and KL(model || model with error d at the layer's output) = E[(g . d)^2] / 2 to second order
 (Martens, "New insights and perspectives on the natural gradient method", section 9). What an error does by making
 later routers choose otherwise is not seen: on the fixture, rounding all experts costs 1.5 to 1.8 times the prediction.
+
+Samples are bounded, so that they do not grow with the calibration set: of each expert's tokens `EXPERT_TOKENS` evenly
+taken ones are kept, and `LAYER_TOKENS` of all tokens of a layer, which are for what looks at whole tokens.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import MoeCollabError
-from ..moe_model import MoELayer
-from .live import predict
+from ..formats import Scheme
+from ..rounding import Grid, Rounder
+from .at_hand import compute_device, float32_copy
+from .micro_batches import MicroBatches
+from .moments import second_moments
+from .routing import Routing
+from .scratch import Scratch
 
-__all__ = ["LayerSamples", "backward", "capture", "capture_layers", "frozen"]
+__all__ = [
+    "DRAWS",
+    "EXPERT_TOKENS",
+    "LAYER_TOKENS",
+    "LINEAR_TOKENS",
+    "LayerSamples",
+    "LinearRecorder",
+    "LinearSamples",
+    "Sampler",
+    "evenly",
+    "sampled",
+]
 
-_CAPTURED_BYTES = 4 << 30
-"""Of calibration tokens at a time."""
+EXPERT_TOKENS = 8192
+"""Most routed tokens that are kept for each expert."""
+LAYER_TOKENS = 16384
+"""Most tokens that are kept of a layer, whichever experts they go to."""
+DRAWS = 2
+"""How many tokens are drawn for each prediction; the noise of a single one costs 2 % of KL on the fixture."""
+LINEAR_TOKENS = 8192
+"""Most tokens that are kept for each Linear."""
+_LINEAR_GRADIENTS = 1 << 28
+"""Most gradients that are kept for each Linear; lm_head has one for every word of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class LayerSamples:
-    """What the experts of one layer saw of the calibration tokens."""
+    """A sample of the tokens that one MoE layer saw. Its tensors may be mapped files, those of [n, H] in bfloat16."""
 
     hidden: torch.Tensor
-    """Input of the experts, float32 [tokens, H]."""
+    """Input of the experts, [n, H]."""
     indices: torch.Tensor
-    """Experts chosen by the router, [tokens, top_k]."""
+    """Experts chosen by the router, [n, top_k]."""
     weights: torch.Tensor
-    """The router's weights, float32 [tokens, top_k]."""
+    """The router's weights, float32 [n, top_k]."""
     gradient: torch.Tensor
-    """d loss / d (output of the routed experts), float32 [tokens, H]."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Calibration tokens."""
-        return len(self.hidden)
+    """d loss / d (output of the routed experts), of several losses (see `fisher`), [draws, n, H]."""
+    in_sample: torch.Tensor
+    """Whether a token is in the sample of the expert that stands there, bool [n, top_k]."""
+    layer_tokens: torch.Tensor
+    """Numbers of the rows that are an even sample of the layer's tokens."""
+    counts: torch.Tensor
+    """Calibration tokens routed to each expert, sampled or not, [num_experts]."""
+    num_tokens: int
+    """All calibration tokens, sampled or not."""
 
     def routed(self, expert: int, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(token ids, router weights) of the tokens sent to `expert`, evenly thinned to at most `limit`."""
-        tokens, slots = torch.where(self.indices == expert)
-        if limit is not None and len(tokens) > limit:
-            chosen = torch.linspace(0, len(tokens) - 1, limit).long()
-            tokens, slots = tokens[chosen], slots[chosen]
-        return tokens, self.weights[tokens, slots]
-
-    def counts(self, num_experts: int) -> torch.Tensor:
-        """Tokens routed to each expert, [num_experts]."""
-        return torch.bincount(self.indices.flatten(), minlength=num_experts)
+        """(rows, router weights) of the sampled tokens of `expert`, evenly thinned to at most `limit`."""
+        rows, slots = torch.where((self.indices == expert) & self.in_sample)
+        if limit is not None and len(rows) > limit:
+            chosen = evenly(len(rows), limit)
+            rows, slots = rows[chosen], slots[chosen]
+        return rows, self.weights[rows, slots]
 
 
-def capture(
-    model: Any, layers: Sequence[MoELayer], batches: Sequence[Mapping[str, torch.Tensor]], seed: int = 0
-) -> dict[str, LayerSamples]:
-    """Layer name -> its samples. Padding tokens are left out. The model's weights are not touched.
-
-    Raises `MoeCollabError` naming the layer whose inputs or gradients are NaN or infinite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
-    with frozen(model):
-        for batch in batches:
-            _capture_batch(model, layers, batch, generator, parts)
-    samples = {name: LayerSamples(*map(torch.cat, zip(*seen, strict=True))) for name, seen in parts.items()}
-    for name, sample in samples.items():
-        _check_finite(name, sample)
-    return samples
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """No parameter takes gradients within the block."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+def sampled(
+    name: str, routing: Routing, gradient: torch.Tensor, valid: torch.Tensor, num_experts: int, keep: Sampler
+) -> LayerSamples:
+    """A sample of what the layer `name` saw; `gradient` [draws, tokens, H]; `valid` [tokens] is false for padding."""
+    tokens = valid.nonzero().flatten()
+    indices = routing.indices[tokens].long()
+    in_sample = torch.zeros_like(indices, dtype=torch.bool)
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    for pairs in order.split(counts.tolist()):
+        in_sample.view(-1)[pairs[evenly(len(pairs), keep.expert_tokens)]] = True
+    in_layer = torch.zeros(len(tokens), dtype=torch.bool)
+    in_layer[evenly(len(tokens), keep.layer_tokens)] = True
+    rows = (in_sample.any(1) | in_layer).nonzero().flatten()
+    chosen = tokens[rows]
+    return LayerSamples(
+        keep.rows(f"{name}.sampled.hidden", routing.hidden, chosen, keep.dtype),
+        indices[rows],
+        routing.weights[chosen],
+        keep.rows(f"{name}.sampled.gradient", gradient, chosen, keep.gradient_dtype),
+        in_sample[rows],
+        in_layer[rows].nonzero().flatten(),
+        counts,
+        len(tokens),
+    )
 
 
-def capture_layers(
-    model: Any, layers: Sequence[MoELayer], batches: Sequence[Mapping[str, torch.Tensor]]
-) -> Iterator[tuple[MoELayer, LayerSamples]]:
-    """Each layer with its samples; as many layers to a pass over the data as fit in memory."""
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    size = 8 * tokens * int(layers[0].router.weight.shape[-1])  # type: ignore[index]
-    together = max(1, _CAPTURED_BYTES // max(size, 1))
-    for start in range(0, len(layers), together):
-        samples = capture(model, layers[start : start + together], batches)
-        for layer in layers[start : start + together]:
-            yield layer, samples.pop(layer.name)
+@dataclass(frozen=True)
+class Sampler:
+    """How many tokens are kept, and where: in `scratch`, inputs as `dtype`, gradients in its range."""
+
+    scratch: Scratch
+    dtype: torch.dtype
+    expert_tokens: int = EXPERT_TOKENS
+    layer_tokens: int = LAYER_TOKENS
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients, which float16 has no range for."""
+        return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+
+    def narrowed(self, inputs: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both as they are kept, on the CPU."""
+        return inputs.to("cpu", self.dtype), gradient.to("cpu", self.gradient_dtype)
+
+    def rows(self, name: str, tensor: torch.Tensor, chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The `chosen` rows of `tensor` [..., tokens, H] as `dtype`, copied in bounded steps."""
+        kept = self.scratch.zeros(name, (*tensor.shape[:-2], len(chosen), tensor.shape[-1]), dtype)
+        for start in range(0, len(chosen), 4096):
+            part = slice(start, start + 4096)
+            kept[..., part, :] = tensor[..., chosen[part], :].to(dtype)
+        return kept
 
 
-def _capture_batch(
-    model: Any,
-    layers: Sequence[MoELayer],
-    batch: Mapping[str, torch.Tensor],
-    generator: torch.Generator,
-    parts: dict[str, list[tuple[torch.Tensor, ...]]],
-) -> None:
-    seen: dict[str, tuple[torch.Tensor, ...]] = {}
-    handles = [
-        layer.experts.register_forward_hook(partial(_see, seen, layer.name), with_kwargs=True) for layer in layers
-    ]
-    try:
-        chosen = backward(model, batch, generator).flatten()
-    except MoeCollabError:
-        _check_experts(seen)  # which names the layer, if one of these saw it
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (hidden, indices, weights, output) in seen.items():
-        assert output.grad is not None
-        columns = (
-            hidden.detach().float(),
-            indices,
-            weights.detach().float(),
-            output.grad.float().reshape(-1, hidden.shape[-1]),
-        )
-        parts[name].append(tuple(column[chosen] for column in columns))
+@dataclass(frozen=True)
+class LinearSamples:
+    """Tokens that one Linear saw, and the gradients of the loss by its output."""
+
+    module: nn.Linear
+    inputs: torch.Tensor
+    """[tokens, columns]."""
+    gradient: torch.Tensor
+    """[draws, tokens, rows]."""
+
+    def rounded(self, rounder: Rounder, scheme: Scheme) -> Grid:
+        """The weight rounded to `scheme`, as a grid that is a batch of one."""
+        weight, inputs, gradient = self._at_hand()
+        return rounder(weight[None], second_moments(inputs, gradient)[None], scheme)
+
+    def costs(self, rounder: Rounder, schemes: Sequence[Scheme]) -> list[float]:
+        """KL per token of rounding at each of `schemes`: E[(g . (W_b - W) x)^2] / 2."""
+        weight, inputs, gradient = self._at_hand()
+        moments = second_moments(inputs, gradient)[None]
+        found = []
+        for scheme in schemes:
+            error = rounder(weight[None], moments, scheme).values()[0] - weight
+            change = ((inputs @ error.T) * gradient).sum(-1)
+            found.append(float(change.double().square().mean()) / 2)
+        return found
+
+    def _at_hand(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        device = compute_device()
+        weight = float32_copy(self.module.weight, device)
+        return weight, float32_copy(self.inputs, device), float32_copy(self.gradient, device)
 
 
-def backward(
-    model: Any,
-    batch: Mapping[str, torch.Tensor],
-    generator: torch.Generator,
-    head: dict[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Backward pass of the likelihood of tokens drawn from the predictions; which tokens are no padding [rows, length].
+class LinearRecorder:
+    """Collects samples of the Linears `modules`, by name; `finished` holds those that are complete."""
 
-    Gradients arrive at what hooks retain. `head` receives `inputs` and `gradient` of lm_head, [tokens, ...].
-    Raises `MoeCollabError` if predictions are NaN or infinite.
-    """
-    # The first layer's input has to require gradients for any layer's output to have them.
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
-    try:
-        with torch.enable_grad():
-            hidden, logits = predict(model, batch)
-            if not torch.isfinite(logits).all():
-                raise MoeCollabError(_not_finite("the model's predictions"))
-            logits.retain_grad()
-            logp = logits.float().log_softmax(-1)
-            drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
-            valid = torch.ones_like(ids).bool() if mask is None else mask.bool()
-            following = valid[:, 1:].flatten()
-            (-logp.flatten(0, 1).gather(1, drawn)[following]).sum().backward()
-    finally:
-        handle.remove()
-    if head is not None:
-        assert logits.grad is not None
-        head["inputs"] = hidden.detach().flatten(0, 1)[following]
-        head["gradient"] = logits.grad.flatten(0, 1)[following]
-    return valid
+    def __init__(self, modules: Mapping[str, nn.Linear], data: MicroBatches, sampler: Sampler) -> None:
+        self._modules, self._data, self._sampler = modules, data, sampler
+        self._parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in modules}
+        self.finished: dict[str, LinearSamples] = {}
 
+    def limit(self, rows: int) -> int:
+        """Tokens of a micro-batch that are kept of a Linear with so many rows."""
+        return max(1, min(LINEAR_TOKENS, _LINEAR_GRADIENTS // rows) // len(self._data))
 
-def _see(seen: dict, name: str, _module: Any, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-    named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-    # A copy: what follows may add the shared experts in place.
-    result = output.clone()
-    result.retain_grad()
-    hidden = named["hidden_states"].reshape(-1, named["hidden_states"].shape[-1])
-    seen[name] = (hidden, named["top_k_index"], named["top_k_weights"], result)
-    return result
+    def most_bytes(self, module: nn.Linear) -> int:
+        """That the samples of `module` may take."""
+        widths = module.in_features * self._sampler.dtype.itemsize
+        widths += DRAWS * module.out_features * self._sampler.gradient_dtype.itemsize
+        return min(self._data.num_tokens, self.limit(module.out_features) * len(self._data)) * widths
 
+    def see(self, name: str, index: int, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add a sample of micro-batch `index`: inputs [..., columns] and gradients [draws, ..., rows] of all tokens.
 
-def _check_finite(name: str, samples: LayerSamples) -> None:
-    for what, tensor in (
-        ("inputs", samples.hidden),
-        ("router weights", samples.weights),
-        ("gradients", samples.gradient),
-    ):
-        if not torch.isfinite(tensor).all():
-            raise MoeCollabError(_not_finite(f"{name}: the experts' {what}"))
-    if not samples.num_tokens:
-        raise MoeCollabError(f"{name}: calibration reached no token here. Give oneshot() a non-empty dataset.")
+        Raises `MoeCollabError` naming the Linear if any is NaN or infinite.
+        """
+        valid = self._data.valid[self._data.span(index)].to(inputs.device)
+        chosen = valid.nonzero().flatten() if inputs.shape[:-1].numel() == len(valid) else slice(None)
+        inputs, gradient = inputs.flatten(0, -2)[chosen], gradient.flatten(1, -2)[:, chosen]
+        if not (torch.isfinite(inputs).all() and torch.isfinite(gradient).all()):
+            row = self._data.row_of(self._data.span(index).start)
+            raise MoeCollabError(
+                f"{name}: its inputs or gradients on calibration sequences from {row} on are NaN or infinite. Check "
+                "the model and the data; nothing was changed."
+            )
+        taken = evenly(len(inputs), self.limit(gradient.shape[-1])).to(inputs.device)
+        self.add(name, inputs[taken], gradient[:, taken])
+
+    def add(self, name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add inputs [n, columns] and gradients [draws, n, rows]."""
+        self._parts[name].append(self._sampler.narrowed(inputs, gradient))
+
+    def keep(self) -> None:
+        """Put the samples that were added since the last time into scratch; they are complete."""
+        for name, parts in self._parts.items():
+            if parts:
+                inputs, gradient = zip(*parts, strict=True)
+                keep, prefix = self._sampler.scratch.keep, f"{name}.sampled"
+                self.finished[name] = LinearSamples(
+                    self._modules[name],
+                    keep(f"{prefix}.inputs", torch.cat(inputs)),
+                    keep(f"{prefix}.gradient", torch.cat(gradient, 1)),
+                )
+                parts.clear()
 
 
-def _check_experts(seen: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
-    """Raise `MoeCollabError` naming the first layer whose experts saw or made NaN or infinity in the forward pass."""
-    for name, (hidden, _, weights, output) in seen.items():
-        for what, tensor in (("inputs", hidden), ("router weights", weights), ("outputs", output)):
-            if not torch.isfinite(tensor).all():
-                raise MoeCollabError(_not_finite(f"{name}: the experts' {what}"))
-
-
-def _not_finite(what: str) -> str:
-    return f"{what} on the calibration data are NaN or infinite. Check the model and the data; nothing was changed."
+def evenly(count: int, limit: int) -> torch.Tensor:
+    """`limit` numbers below `count`, or all if there are fewer, evenly spread."""
+    taken = min(limit, count)
+    return torch.arange(taken) * count // max(taken, 1)

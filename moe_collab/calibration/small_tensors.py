@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .at_hand import compute_device, shadowed
+
 __all__ = ["Factors", "SmallTensor", "Whole", "as_stored", "in_place"]
 
 
@@ -32,10 +34,10 @@ class SmallTensor(Protocol):
 
 
 def _original(module: nn.Module) -> torch.Tensor:
-    """The module's own weight, even while `in_place` puts another before it; onloaded if it is offloaded."""
+    """The module's own weight, even while another stands before it, where the arithmetic is done."""
     weight = module._parameters["weight"]
     assert weight is not None
-    return weight.detach()
+    return weight.detach().to(compute_device())
 
 
 class Whole:
@@ -61,7 +63,7 @@ class Factors:
 
     def __init__(self, module: nn.Module, groups: int, pace: float) -> None:
         self.module, self.pace, self._dtype = module, pace, _original(module).dtype
-        self.learned = nn.Parameter(torch.ones(len(_original(module)), groups))
+        self.learned = nn.Parameter(torch.ones(len(_original(module)), groups, device=compute_device()))
 
     def weight(self) -> torch.Tensor:
         """As `SmallTensor.weight`."""
@@ -95,18 +97,24 @@ def _stored_weight(tensor: SmallTensor) -> torch.Tensor:
 def _weights(weights: dict[nn.Module, Callable[[], torch.Tensor]]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, weight in weights.items():
-            stack.callback(module.register_forward_pre_hook(_shadow(weight)).remove)
-            stack.callback(module.register_forward_hook(_uncover, always_call=True).remove)
+            cover = _Cover(weight)
+            stack.callback(module.register_forward_pre_hook(cover.put).remove)
+            stack.callback(module.register_forward_hook(cover.take, always_call=True).remove)
         yield
 
 
-def _shadow(weight: Callable[[], torch.Tensor]) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, _args: Any) -> None:
-        # Python finds an instance attribute before the parameter of the same name, which stays unchanged.
-        module.__dict__["weight"] = weight().to(_original(module).dtype)
+class _Cover:
+    """Puts another weight before a module's while that computes, of the type and on the device of the one it had."""
 
-    return hook
+    def __init__(self, weight: Callable[[], torch.Tensor]) -> None:
+        self._weight, self._stack = weight, ExitStack()
 
+    def put(self, module: nn.Module, _args: Any) -> None:
+        """To be called before the module computes."""
+        present = module.weight
+        assert isinstance(present, torch.Tensor)
+        self._stack.enter_context(shadowed({module: {"weight": self._weight().to(present)}}))
 
-def _uncover(module: nn.Module, _args: Any, _output: Any) -> None:
-    module.__dict__.pop("weight", None)
+    def take(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """To be called afterwards."""
+        self._stack.close()

@@ -12,7 +12,8 @@ from torch.nn.functional import kl_div, linear
 from ..architectures import logits_scaling
 from ..decoder import decoder_of
 from ..errors import MoeCollabError
-from .live import float32_weights, held_out, log_probabilities, mean_kl, predict, predicted
+from .live import float32_weights, log_probabilities, mean_kl, predict, predicted
+from .micro_batches import held_out
 
 __all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach", "texts"]
 

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from ..decoder import replaced_forward
 from ..rounding import Grid
 from .adam import adam_steps
-from .live import float32_weights, replaced_weights
-from .samples import frozen
+from .at_hand import shadowed
+from .live import float32_weights, frozen
 from .teacher import Lessons, divergence, kl_of
 
 __all__ = ["Tuned", "tune_grids"]
@@ -109,7 +109,7 @@ def _in_place(model: Any, grids: Mapping[str, Grid | _Loose]) -> Iterator[None]:
             module = model.get_submodule(name)
             if module is head:
                 # `log_probabilities` applies its weight by hand, so it learns nothing and is set once.
-                stack.enter_context(replaced_weights({module.weight: grid.values()[0].detach()}))
+                stack.enter_context(shadowed({module: {"weight": grid.values()[0].detach()}}))
             else:
                 stack.enter_context(replaced_forward(module, partial(_forward, module.bias, grid)))
         yield

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from ..calibration import float32_weights, held_out
+from ..calibration import Calibration
+from ..calibration.observed import LayerPeaks, kl_by_top_k, matches_and_peaks
 from ..errors import MoeCollabError
 from ..moe_model import MoELayer, MoEModel, describe
 from ..pruning import check_masks, scaled_top_k, wanted_num_experts, whole_groups
 from ..pruning.surgery import activating, set_top_k
 from .expert_pruning import ExpertPruningModifier
+from .glue.calibration import calibration_of
 from .glue.channel_scales import (
     Rescaling,
-    everyones_peaks,
     norm_and_readers,
     rescale_norm,
     rescale_outputs,
     rescale_up_down,
 )
 from .glue.compat import keep_attention_causal
-from .glue.data import calibration_batches, check_data
-from .glue.recipe import check_layer_patterns, check_unquantized, is_on_disk, modifiers_of_this_pass, rounds_to_nearest
-from .glue.routing_tap import RoutingTap
+from .glue.data import check_data
+from .glue.recipe import check_layer_patterns, check_unquantized, modifiers_of_this_pass, rounds_to_nearest
 from .glue.saving import install_save
 from .glue.starved import repair_starved
-from .glue.top_k import Factors, OutputMatch, everyones_factors, kl_by_top_k, output_at, report_top_k
+from .glue.top_k import report_top_k
 from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["ActivationSmoothModifier"]
@@ -67,7 +66,8 @@ class ActivationSmoothModifier(Modifier):
     :param ignore: regexes of MoE layer names not to smooth.
     """
 
-    requires_calibration_data: bool = True
+    requires_calibration_data: bool = False
+    """False because this modifier makes its passes over the data itself."""
 
     num_experts_per_tok: int | float | Literal["scale", "auto", "keep"] = "keep"
     max_kl: float | None = Field(None, gt=0)
@@ -77,8 +77,6 @@ class ActivationSmoothModifier(Modifier):
     ignore: list[str] = Field(default_factory=list)
 
     _original: tuple[int, int] = PrivateAttr((0, 0))
-    _matches: dict[int, dict[str, OutputMatch]] = PrivateAttr(default_factory=dict)
-    _largest: dict[torch.nn.Module, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     @field_validator("num_experts_per_tok")
     @classmethod
@@ -148,26 +146,13 @@ class ActivationSmoothModifier(Modifier):
             )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Watch the inputs of the experts, and their outputs with the other numbers of activated experts to try."""
+        """Refuse to share a calibration pass."""
         others = [type(modifier).__name__ for modifier in modifiers_of_this_pass() if modifier is not self]
         if others:
             raise MoeCollabError(
                 f"ActivationSmoothModifier shares its calibration pass with {others}, but it changes weights at the "
                 "end of it. Use oneshot(pipeline='independent'), the default."
             )
-        moe = describe(state.model)
-        self._matches = {top_k: {layer.name: OutputMatch() for layer in moe.layers} for top_k in self._candidates(moe)}
-        if self._matches and self.compensate:
-            for layer in moe.layers:
-                self.register_hook(layer.experts, partial(self._compare, moe, layer), "forward", with_kwargs=True)
-        for layer in self._smoothed(state.model):
-            if self.norm_strength is not None:
-                self.register_hook(layer.experts, partial(self._see_inputs), "forward_pre", with_kwargs=True)
-            if self.strength is not None:
-                tap = RoutingTap(self, layer)
-                for index in layer.live_experts:
-                    see = partial(self._see_routed, tap, index)
-                    self.register_hook(layer.expert(index).down_proj, see, "forward")
 
     def _candidates(self, moe: MoEModel) -> list[int]:
         """Other numbers of activated experts to choose from: for `auto` all smaller ones, else the one asked for."""
@@ -186,35 +171,27 @@ class ActivationSmoothModifier(Modifier):
             check_masks(moe)
         return [] if top_k == moe.top_k else [top_k]
 
-    def _compare(
-        self, moe: MoEModel, layer: MoELayer, _module: object, args: tuple, kwargs: dict, output: torch.Tensor
-    ) -> None:
-        hidden = _hidden(args, kwargs)
-        for top_k, matches in self._matches.items():
-            matches[layer.name].add(output, output_at(moe, layer, hidden, top_k))
-
-    def _see_inputs(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        self._see(module, _hidden(args, kwargs))
-
-    def _see_routed(self, tap: RoutingTap, index: int, module: torch.nn.Module, args: tuple, _output: object) -> None:
-        self._see(module, tap.routed(index, args[0])[0])
-
-    def _see(self, module: torch.nn.Module, rows: torch.Tensor) -> None:
-        if len(rows):
-            largest = rows.detach().abs().amax(0).float()
-            self._largest[module] = (
-                torch.maximum(self._largest[module], largest) if module in self._largest else largest
-            )
-
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Decide and compute everything, then change the model."""
-        self.remove_hooks()
-        moe = describe(state.model)
-        factors, largest = everyones_factors(self._matches), everyones_peaks(state.model, self._largest)
-        self._matches, self._largest = {}, {}
-        _check_finite(factors, largest)
-        top_k = self._choose(state, moe, factors)
-        rescalings = self._smoothings(state.model, moe, largest)
+        """Look at the experts, decide and compute everything, then change the model."""
+        model: Any = state.model
+        moe = describe(model)
+        candidates = self._candidates(moe)
+        smoothed = self._smoothed(model)
+        if not candidates and not smoothed:
+            return
+        calibration = calibration_of(state, moe)
+        with eval_context(model):
+            stream = calibration.stream(calibration.everything)
+            matches, peaks = matches_and_peaks(stream, candidates if self.compensate else [])
+            factors: dict[int, dict[str, float]] = {
+                top_k: {
+                    layer.name: matches[top_k][layer.name].factor if self.compensate else 1.0 for layer in moe.layers
+                }
+                for top_k in candidates
+            }
+            top_k = self._choose(calibration, factors)
+        calibration.close()
+        rescalings = self._smoothings(model, moe, peaks)
         if top_k != moe.top_k:
             report_top_k(state.model, moe, top_k, factors[top_k])
             if self.compensate:
@@ -228,38 +205,31 @@ class ActivationSmoothModifier(Modifier):
         repair_starved(state.model, snap=rounds_to_nearest())
         return True
 
-    def _choose(self, state: State, moe: MoEModel, factors: Factors) -> int:
+    def _choose(self, calibration: Calibration, factors: Mapping[int, Mapping[str, float]]) -> int:
+        moe = calibration.moe
         if self.max_kl is None:
             return next(iter(factors), moe.top_k)
-        model: Any = state.model
-        _, batches = held_out(calibration_batches(state))
-        with nullcontext() if is_on_disk(model) else float32_weights(model):
-            costs = kl_by_top_k(model, moe, factors, batches)
-        if not all(map(math.isfinite, costs.values())):
-            raise MoeCollabError(
-                "the model's predictions on the calibration data are NaN or infinite; nothing was changed."
-            )
+        costs = kl_by_top_k(calibration, factors)
         logger.info(
             "ActivationSmoothModifier: KL on held-out tokens by activated experts: {}",
             ", ".join(f"{top_k}: {kl:.4f}" for top_k, kl in costs.items()),
         )
         return min((top_k for top_k, kl in costs.items() if kl <= self.max_kl), default=moe.top_k)
 
-    def _smoothings(
-        self, model: torch.nn.Module, moe: MoEModel, largest: Mapping[torch.nn.Module, torch.Tensor]
-    ) -> list[Rescaling]:
+    def _smoothings(self, model: torch.nn.Module, moe: MoEModel, peaks: Mapping[str, LayerPeaks]) -> list[Rescaling]:
         """The rescalings for everything that calibration tokens reached.
 
         Norms come first, because their scales are computed from the weights as they are before any rescaling.
         """
         found: list[Rescaling] = []
         for layer in self._smoothed(model):
-            if self.norm_strength is not None and layer.experts in largest:
-                found += rescale_norm(model, moe, layer, largest[layer.experts], self.norm_strength)
+            seen = peaks[layer.name]
+            if self.norm_strength is not None and len(seen.inputs):
+                found += rescale_norm(model, moe, layer, seen.inputs, self.norm_strength)
             if self.strength is not None:
-                for expert in map(layer.expert, layer.live_experts):
-                    if expert.down_proj in largest:
-                        found += rescale_up_down(expert, largest[expert.down_proj], self.strength)
+                for index in layer.live_experts:
+                    if index in seen.inner:
+                        found += rescale_up_down(layer.expert(index), seen.inner[index], self.strength)
         return found
 
 
@@ -273,17 +243,4 @@ def _check_reachable(top_k: int, reachable: int) -> None:
         raise MoeCollabError(
             f"ActivationSmoothModifier.num_experts_per_tok: a token can reach only {reachable} experts, not {top_k}. "
             "Choose a smaller number."
-        )
-
-
-def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The hidden states [tokens, hidden] among the arguments that an experts container is called with."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _check_finite(factors: Factors, largest: Mapping[torch.nn.Module, torch.Tensor]) -> None:
-    numbers = (factor for by_layer in factors.values() for factor in by_layer.values())
-    if not all(map(math.isfinite, numbers)) or not all(bool(seen.isfinite().all()) for seen in largest.values()):
-        raise MoeCollabError(
-            "ActivationSmoothModifier: what reaches the experts in calibration is NaN or infinite; nothing was changed."
         )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from ..calibration.observed import expert_statistics
 from ..checkpoint.atomic import check_output_directory
 from ..coverage import warn_of_seldom_reached
-from ..distributed import agreed, is_source_process, sum_up
+from ..distributed import agreed, is_source_process
 from ..errors import MoeCollabError
 from ..moe_model import MoELayer, MoEModel, describe
 from ..pruning import (
@@ -31,14 +32,14 @@ from ..pruning import (
 )
 from ..pruning.surgery import keep_experts, mask_experts
 from ..statistics import ExpertStatistics, SavedStatistics
+from .glue.calibration import calibration_of
 from .glue.compat import keep_attention_causal
 from .glue.data import check_data
+from .glue.domains import token_domains
 from .glue.outline import model_fingerprint
 from .glue.recipe import check_layer_patterns, check_unquantized, rounds_to_nearest
-from .glue.routing_tap import RoutingTap
 from .glue.saving import install_save
 from .glue.starved import keep_starved, repair_starved
-from .glue.token_tags import TokenTags
 from .glue.weighed_inputs import call_experts_alike
 
 __all__ = ["ExpertPruningModifier"]
@@ -66,7 +67,8 @@ class ExpertPruningModifier(Modifier):
         for all layers.
     """
 
-    requires_calibration_data: bool = True
+    requires_calibration_data: bool = False
+    """False because this modifier makes its pass over the data itself."""
 
     retention: float | None = Field(None, gt=0, le=1)
     num_experts: int | None = Field(None, ge=1)
@@ -81,7 +83,6 @@ class ExpertPruningModifier(Modifier):
     _moe: MoEModel | None = PrivateAttr(None)
     _num_kept: int = PrivateAttr(0)
     _seen: dict[str, ExpertStatistics] = PrivateAttr(default_factory=dict)
-    _tags: TokenTags | None = PrivateAttr(None)
     _fingerprint: str = PrivateAttr("")
 
     @field_validator("criterion")
@@ -139,7 +140,7 @@ class ExpertPruningModifier(Modifier):
             )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Watch every router's decisions and every expert's outputs, or read what an earlier run saw."""
+        """Read what an earlier run saw, if that was kept."""
         moe = self._moe
         assert moe is not None
         if self._num_kept == moe.num_experts:
@@ -150,15 +151,6 @@ class ExpertPruningModifier(Modifier):
             domains, self._seen = SavedStatistics.load(self.statistics, self._fingerprint)
             self._check_domains(domains)
             logger.info("ExpertPruningModifier: reusing {}", self.statistics)
-            return
-        self._tags = TokenTags(self, state.model, state.data.calib)
-        self._check_domains(self._tags.domains)
-        for layer in moe.layers:
-            self._seen[layer.name] = ExpertStatistics(layer.num_experts, len(self._tags.domains))
-            tap = RoutingTap(self, layer)
-            self.register_hook(layer.router, partial(self._see, layer.name), "forward")
-            for index in layer.live_experts:
-                self.register_hook(layer.expert(index), partial(self._see_expert, tap, index), "forward")
 
     def _check_domains(self, domains: list[str]) -> None:
         if self.protect and domains == [""]:
@@ -168,36 +160,12 @@ class ExpertPruningModifier(Modifier):
                 "columns: tokenize it first."
             )
 
-    def _see(self, name: str, _module: torch.nn.Module, _args: tuple, _output: object) -> None:
-        assert self._tags is not None
-        self._seen[name].see(self._tags.current[self._tags.valid])
-
-    def _see_expert(self, tap: RoutingTap, index: int, _module: torch.nn.Module, _args: tuple, output: object) -> None:
-        assert self._moe is not None and self._tags is not None
-        rows = output[0] if isinstance(output, tuple) else output
-        assert isinstance(rows, torch.Tensor)
-        tokens, weights = tap.tokens_of(index)
-        if not len(tokens):
-            return
-        domains = self._tags.current[tokens.cpu()]
-        valid = domains >= 0
-        rows, weights = tap.routed(index, rows)[0][valid], weights[valid] / self._moe.routed_scaling_factor
-        if len(rows):
-            self._seen[tap.layer.name].add(index, weights, rows, domains[valid])
-
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Score the experts of all layers, then prune them."""
-        self.remove_hooks()
-        seen, self._seen = self._seen, {}
-        if not seen:
-            return
         assert self._moe is not None
-        if self._tags is not None:
-            sum_up(seen.values())
-        for name, statistics in seen.items():
-            statistics.check(name)
-        if self._tags is not None and self.statistics and is_source_process():
-            self._save(seen)
+        if self._num_kept == self._moe.num_experts:
+            return
+        seen, self._seen = self._seen or self._measure(state), {}
         counts = {name: statistics.counts.long().tolist() for name, statistics in seen.items()}
         warn_of_seldom_reached(counts)
         keep_starved(self._moe, counts)
@@ -211,15 +179,27 @@ class ExpertPruningModifier(Modifier):
         repair_starved(state.model, snap=rounds_to_nearest())
         return True
 
-    def _save(self, seen: Mapping[str, ExpertStatistics]) -> None:
-        assert self._moe is not None and self._tags is not None and self.statistics
-        saved = SavedStatistics(
-            model_fingerprint=self._fingerprint,
-            domains=self._tags.domains,
-            num_experts=self._moe.num_experts,
-            layers=list(seen),
-        )
-        saved.save(self.statistics, seen)
+    def _measure(self, state: State) -> dict[str, ExpertStatistics]:
+        """See what every expert does with the calibration tokens, and keep that if it was asked for."""
+        assert self._moe is not None and state.model is not None
+        names, domains = token_domains(state)
+        self._check_domains(names)
+        calibration = calibration_of(state)
+        with eval_context(state.model):
+            stream = calibration.stream(calibration.everything)
+            seen = expert_statistics(stream, self._moe.layers, domains, len(names))
+        calibration.close()
+        for name, statistics in seen.items():
+            statistics.check(name)
+        if self.statistics and is_source_process():
+            saved = SavedStatistics(
+                model_fingerprint=self._fingerprint,
+                domains=names,
+                num_experts=self._moe.num_experts,
+                layers=list(seen),
+            )
+            saved.save(self.statistics, seen)
+        return seen
 
     def _scores(self, seen: Mapping[str, ExpertStatistics]) -> dict[str, torch.Tensor]:
         """Layer name -> scores [experts], float64; protected experts score above all others."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, disable_quantization
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -14,15 +13,17 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from ..calibration import float32_weights, round_model
+from ..calibration import Calibration, RoundedModel
+from ..calibration.at_hand import compute_device
 from ..calibration.teacher import Lessons, teach
 from ..calibration.tuning import tune_grids
-from ..distributed import store
 from ..errors import MoeCollabError
 from ..formats import Scheme
 from ..moe_model import describe
 from ..rounding import Grid, Rounder
+from .glue.calibration import calibration_of
 from .glue.data import calibration_batches, check_data
+from .glue.packed_weights import write_rounded
 from .glue.recipe import check_unquantized, is_on_disk
 from .glue.saving import install_save
 from .glue.weighed_inputs import call_experts_alike
@@ -49,6 +50,11 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     tuning_steps: int = Field(0, ge=0)
 
     _lessons: Lessons | None = PrivateAttr(None)
+    _begun: tuple[Calibration, RoundedModel] | None = PrivateAttr(None)
+
+    def go_on_with(self, calibration: Calibration, rounded: RoundedModel) -> None:
+        """Round by samples that were taken of the model as this modifier will find it, and keep what is rounded."""
+        self._begun = calibration, rounded
 
     def learn_from(self, lessons: Lessons) -> None:
         """Let tuning aim at the predictions of the model before it was changed, not as this modifier finds it."""
@@ -59,10 +65,10 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         check_unquantized(state.model, "FisherGPTQModifier")
         check_data(state, "FisherGPTQModifier")
         call_experts_alike(describe(state.model))
-        if is_on_disk(state.model):
+        if is_on_disk(state.model) and self.tuning_steps:
             raise MoeCollabError(
-                "FisherGPTQModifier: the model is offloaded to disk, and its backward pass needs all weights at hand. "
-                "Load it without offloading, or use GPTQModifier."
+                "FisherGPTQModifier.tuning_steps: the model is offloaded to disk, and tuning end to end needs all "
+                "weights at hand. Leave it out, or load the model without offloading."
             )
         if self.has_config():
             self.initialize_quantization(state.model)
@@ -73,7 +79,6 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Round every module that has a scheme, layer by layer."""
         model: Any = state.model
-        moe = describe(model)
         # An earlier modifier's pass may have left quantization on, with scales that nobody has set yet.
         model.apply(disable_quantization)
         _check_schemes(model)
@@ -83,21 +88,23 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
                 "FisherGPTQModifier: no module has a scheme. Put MixedBitAllocModifier before it, or give it "
                 "`config_groups` or `scheme`."
             )
-        batches = calibration_batches(state)
-        rounder = Rounder(scale_dtype=model.dtype)
+        calibration, rounded = self._begun or _begin(state)
         with eval_context(model):
-            lessons = self._lessons or (teach(model, batches) if self.tuning_steps else None)
-            with float32_weights(model):
-                found = round_model(model, moe, schemes, batches, rounder)
+            names = rounded.round(schemes)
+            lessons = self._lessons or (teach(model, calibration_batches(state)) if self.tuning_steps else None)
             if lessons:
-                found = self._tuned(model, found, lessons)
-        for name, grid in found.items():
-            _write(model.get_submodule(name), grid)
+                for name, grid in self._tuned(
+                    model, {name: rounded[name].grid(compute_device()) for name in names}, lessons
+                ).items():
+                    rounded.replace(name, grid)
+        for name in names:
+            write_rounded(model.get_submodule(name), rounded[name])
+        calibration.close()
         self.end_calibration(model)
-        for name in found:  # what `ignore` names was rounded too, if MixedBitAllocModifier gave it a scheme
+        for name in names:  # what `ignore` names was rounded too, if MixedBitAllocModifier gave it a scheme
             model.get_submodule(name).quantization_status = QuantizationStatus.FROZEN
-        self._lessons = None
-        logger.info("FisherGPTQModifier: rounded {} tensors", len(found))
+        self._lessons = self._begun = None
+        logger.info("FisherGPTQModifier: rounded {} tensors", len(names))
 
     def _tuned(self, model: Any, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
         tuned = tune_grids(model, grids, lessons, self.tuning_steps, model.dtype)
@@ -118,9 +125,12 @@ def _has_scheme(module: nn.Module) -> bool:
 
 def _check_schemes(model: nn.Module) -> None:
     """Raise `MoeCollabError` naming a module whose scheme this modifier cannot round to."""
+    routers = [layer.router for layer in describe(model).layers]
     for name, module in model.named_modules():
         if not _has_scheme(module):
             continue
+        if any(module is router for router in routers) and type(module).forward is not nn.Linear.forward:
+            raise MoeCollabError(f"{name}: FisherGPTQModifier rounds no router; name it in `ignore`.")
         scheme, weights = module.quantization_scheme, module.quantization_scheme.weights
         kind, strategy = (str(getattr(value, "value", value)) for value in (weights.type, weights.strategy))
         weight_only = isinstance(module, nn.Linear) and scheme.input_activations is None
@@ -138,10 +148,6 @@ def _scheme_of(module: nn.Module) -> Scheme:
     return Scheme.described(weights.num_bits, weights.group_size, weights.symmetric, described.format)
 
 
-@torch.no_grad()
-def _write(module: Any, grid: Grid) -> None:
-    """Put the rounded weight, its scales and zero points into a module whose scheme is attached."""
-    store(module, "weight", grid.values()[0].to(module.weight.dtype))
-    store(module, "weight_scale", grid.scales[0].to(module.weight_scale.dtype))
-    if hasattr(module, "weight_zero_point"):
-        store(module, "weight_zero_point", grid.zeros[0].to(module.weight_zero_point.dtype))
+def _begin(state: State) -> tuple[Calibration, RoundedModel]:
+    calibration = calibration_of(state)
+    return calibration, RoundedModel(calibration, Rounder(scale_dtype=calibration.model.dtype))

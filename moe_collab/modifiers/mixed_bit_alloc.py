@@ -12,10 +12,11 @@ from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from ..allocation import AllocationRequest, CostTable, Decided, Planner, compression_plan, decide, parse_bytes
+from ..allocation import AllocationRequest, CostTable, Planner, compression_plan, decide, parse_bytes
 from ..allocation.memory import weights_budget
 from ..allocation.notices import report_decision
 from ..allocation.request import FLOORS, IGNORED, SUPPORTED_BITS
+from ..calibration import RoundedModel
 from ..calibration.measurements import LiveMeasurements
 from ..calibration.teacher import teach
 from ..coverage import warn_of_seldom_reached
@@ -27,13 +28,19 @@ from ..plan import CompressionPlan, description_digest
 from ..rounding import Rounder
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
+from .glue.calibration import calibration_of
 from .glue.compat import keep_attention_causal
-from .glue.data import calibration_batches, check_data, one_pass
-from .glue.disk_costs import DiskCosts
+from .glue.data import calibration_batches, check_data
 from .glue.execution import apply_plan
 from .glue.outline import model_fingerprint, outline_of
 from .glue.quantizers import check_followers, check_own_pass, check_rounded
-from .glue.recipe import check_unquantized, is_on_disk, modifiers_of_this_pass, quantizers_after, rounds_to_nearest
+from .glue.recipe import (
+    check_unquantized,
+    modifier_after,
+    modifiers_of_this_pass,
+    quantizers_after,
+    rounds_to_nearest,
+)
 from .glue.saving import install_save
 from .glue.starved import repair_starved
 from .glue.weighed_inputs import call_experts_alike
@@ -75,7 +82,8 @@ class MixedBitAllocModifier(Modifier):
     :param ignore: modules that keep their precision: names, or regexes that begin with `re:`.
     """
 
-    requires_calibration_data: bool = True
+    requires_calibration_data: bool = False
+    """False because this modifier makes its passes over the data itself, backward passes included."""
 
     budget: int | str | None = None
     bpw: float | None = Field(None, gt=0, le=16)
@@ -97,7 +105,7 @@ class MixedBitAllocModifier(Modifier):
 
     _moe: MoEModel | None = PrivateAttr(None)
     _planner: Planner | None = PrivateAttr(None)
-    _disk_costs: DiskCosts | None = PrivateAttr(None)
+    _direct: FisherGPTQModifier | None = PrivateAttr(None)
     _fisher: list[FisherGPTQModifier] = PrivateAttr(default_factory=list)
     _reused: CompressionPlan | None = PrivateAttr(None)
 
@@ -189,8 +197,9 @@ class MixedBitAllocModifier(Modifier):
         check_data(state, "MixedBitAllocModifier")
         followers = quantizers_after(self)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
+        following = modifier_after(self)
+        self._direct = following if isinstance(following, FisherGPTQModifier) else None
         check_followers(followers, TERNARY in (*self.bits, *self.fixed.values()), bool(self._fisher))
-        self._check_passes(model)
         planner = self.planner(model)
         if not self._fisher:
             check_rounded(model, planner, followers)
@@ -206,24 +215,8 @@ class MixedBitAllocModifier(Modifier):
         if planner.request.has_budget:
             planner.cheapest(CostTable(), None if self.pruning == "none" else {})
 
-    def _check_passes(self, model: Any) -> None:
-        """Raise `MoeCollabError` if the model is on disk and something asked for needs a backward pass."""
-        on_disk = is_on_disk(model)
-        # In memory a backward pass is possible, and this modifier makes its passes itself.
-        self.requires_calibration_data = on_disk
-        for key, used in (
-            ("pruning", self.pruning != "none"),
-            ("scope", self.scope == "model"),
-            ("max_kl", self.max_kl is not None),
-        ):
-            if used and on_disk:
-                raise MoeCollabError(
-                    f"MixedBitAllocModifier.{key}: {getattr(self, key)} needs a backward pass, but the model is "
-                    "offloaded to disk. Load it without offloading, or leave the field out."
-                )
-
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Reuse the plan if its file exists; otherwise, if the model is on disk, watch what reaches every expert."""
+        """Reuse the plan if its file exists; otherwise check that the budget can be met now."""
         check_own_pass()
         model: Any = state.model
         self._moe = describe(model)
@@ -235,17 +228,10 @@ class MixedBitAllocModifier(Modifier):
         # Not strict: experts that a pattern names may have been pruned by now.
         self._planner = self.planner(model, strict=False)
         self._check_budget(self._planner)
-        if is_on_disk(model):
-            self._disk_costs = DiskCosts(self, model, self._moe, self._planner)
 
     def _recipe_digest(self) -> str:
         mine = type(self).model_fields.keys() - Modifier.model_fields.keys() - {"plan", "costs"}
         return description_digest(self.model_dump(include=mine))
-
-    def on_sequential_epoch_end(self, state: State, event: Event, modules: list | None = None, **kwargs: Any) -> None:
-        """For a model on disk: turn the statistics of finished layers into costs, and free their memory."""
-        if self._disk_costs is not None:
-            self._disk_costs.close(modules or [])
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Decide, save the plan, drop experts, and attach the schemes that the next quantizer will round to."""
@@ -263,17 +249,16 @@ class MixedBitAllocModifier(Modifier):
         assert self._moe is not None and self._planner is not None
         model: Any = state.model
         planner, fingerprint = self._planner, model_fingerprint(model)
-        if self._disk_costs is not None:
-            table = self._disk_costs.table(one_pass(state))
-            found = Decided(planner.cheapest(table), table)
+        # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.
+        faithful = bool(self._fisher)
+        calibration = calibration_of(state, self._moe)
+        rounded = RoundedModel(calibration, Rounder(faithful, faithful, model.dtype))
+        with eval_context(model):
+            found = decide(planner, LiveMeasurements(calibration, planner, rounded, fingerprint, self.costs))
+        if self._direct is not None and not any(found.decision.dropped.values()):
+            self._direct.go_on_with(calibration, rounded)
         else:
-            # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.
-            faithful = bool(self._fisher)
-            rounder = Rounder(feedback=faithful, descent=faithful, scale_dtype=model.dtype)
-            batches = calibration_batches(state)
-            with eval_context(model):
-                measured = LiveMeasurements(model, self._moe, planner, rounder, batches, fingerprint, self.costs)
-                found = decide(planner, measured)
+            calibration.close()
         plan = compression_plan(planner, found, fingerprint, self._recipe_digest())
         warn_of_seldom_reached(plan.routed_tokens)
         report_decision(plan)

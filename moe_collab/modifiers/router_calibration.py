@@ -105,7 +105,7 @@ class RouterCalibrationModifier(Modifier):
         with counted_tokens(moe, len(known)) as routed_tokens:
             if blocks:
                 self._folder = TemporaryDirectory(prefix="moe-collab-")
-                self._outputs = BlockOutputs(model, moe, known + own, unseen, Path(self._folder.name))
+                self._outputs = BlockOutputs(model, known + own, unseen, Path(self._folder.name))
                 self._lessons = Lessons([], recite(model, unseen), head_of(model))
             else:
                 self._lessons = teach(model, batches)
@@ -135,7 +135,7 @@ class RouterCalibrationModifier(Modifier):
             found = learn_predictions(model, list(tensors.values()), lessons, self.steps)
             logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
         else:
-            for name, found in learn_blocks(model, moe, tensors, self._outputs, self.steps).items():
+            for name, found in learn_blocks(model, tensors, self._outputs, self.steps).items():
                 logger.info("{}: relative error of its output from {:.5f} to {:.5f}", name, found.before, found.after)
         with torch.no_grad(), float32_weights(model), as_stored(tensors.values()):
             after = kl_of(model, lessons.head, lessons.unseen)

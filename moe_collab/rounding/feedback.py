@@ -79,7 +79,7 @@ def refit(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
     size, groups = grid.group, grid.scales.shape[2]
     levels = grid.codes - grid.wide(grid.zeros)
     target = (levels * (weights @ moments)).reshape(batch, rows, groups, size).sum(-1)
-    matrix = torch.empty(batch, rows, groups, groups)
+    matrix = weights.new_empty(batch, rows, groups, groups)
     for k in range(groups):
         part = slice(k * size, (k + 1) * size)
         matrix[:, :, k] = ((levels[:, :, part] @ moments[:, part]) * levels).reshape(batch, rows, groups, size).sum(-1)

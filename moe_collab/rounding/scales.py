@@ -23,7 +23,7 @@ def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -
     group = scheme.group_of(columns)
     grouped = weights.reshape(batch, rows, -1, group)
     weighing = importance.reshape(batch, 1, -1, group)
-    best = torch.full(grouped.shape[:3], torch.inf)
+    best = torch.full(grouped.shape[:3], torch.inf, device=weights.device)
     scales, zeros = torch.ones_like(best), torch.zeros_like(best)
     for scale, zero in _candidates(grouped, scheme):
         wide_scale, wide_zero = scale[..., None], zero[..., None]

@@ -7,8 +7,7 @@ from integration.compress import FIXTURE, tokens
 from moe_collab.checkpoint.load import stock_conversions
 
 
-@pytest.fixture(scope="package")
-def model():
+def load(dtype):
     from llmcompressor.utils import load_context
     from transformers import AutoModelForCausalLM
 
@@ -16,7 +15,18 @@ def model():
 
     # load_context() would leave its way of loading experts behind for every later test of this process.
     with stock_conversions(), load_context():
-        return AutoModelForCausalLM.from_pretrained(FIXTURE, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="package")
+def model():
+    return load("auto")
+
+
+@pytest.fixture(scope="package")
+def float32_model():
+    """Its hidden states are kept exactly."""
+    return load(torch.float32)
 
 
 @pytest.fixture(scope="package")

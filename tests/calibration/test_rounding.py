@@ -5,17 +5,17 @@ import torch
 
 pytest.importorskip("llmcompressor")
 
+
 from moe_collab.calibration import (
+    Calibration,
+    RoundedModel,
     Trial,
     float32_weights,
     held_out,
     log_probabilities,
     mean_kl,
-    replaced_weights,
-    round_model,
 )
-from moe_collab.calibration import rounded_model as module
-from moe_collab.calibration.linears import capture_linears
+from moe_collab.calibration.at_hand import shadowed
 from moe_collab.calibration.live import predict
 from moe_collab.calibration.teacher import kl_of, teach
 from moe_collab.calibration.tuning import tune_grids
@@ -31,35 +31,57 @@ def uniform(model, scheme):
     return {name: scheme for layer in describe(model).layers for name, *_ in layer.projections()}
 
 
+def rounded(model, batches, schemes, rounder=NEAREST):
+    """(names, what rounds them) by all of `batches`."""
+    found = RoundedModel(Calibration(model, describe(model), [*batches, batches[-1]]), rounder)
+    return found.round(schemes), found
+
+
 def test_a_second_trial_rounds_only_what_changed(model, batches, monkeypatch):
-    rounded = []
-    stock = module.round_model
+    counts, stock = [], RoundedModel._rounded
 
-    def counted(model, moe, schemes, *rest):
-        rounded.append(len(schemes))
-        return stock(model, moe, schemes, *rest)
+    def counted(self, schemes, kept):
+        counts.append(len(schemes))
+        return stock(self, schemes, kept)
 
-    monkeypatch.setattr(module, "round_model", counted)
+    def trial():
+        calibration = Calibration(model, describe(model), batches[:3])
+        return Trial(calibration, RoundedModel(calibration, NEAREST))
+
+    monkeypatch.setattr(RoundedModel, "_rounded", counted)
     schemes = uniform(model, Scheme(3, 128))
-    trial = Trial(model, describe(model), NEAREST, batches[:2], batches[2:3])
-    first = trial.kl(schemes, {})
+    one = trial()
+    first = one.kl(schemes, {})
     changed = schemes | {"model.layers.1.mlp.experts.3.down_proj": Scheme(2, 128)}
-    second = trial.kl(changed, {})
-    assert rounded == [len(schemes), 3] and 0 < first < second
-    fresh = Trial(model, describe(model), NEAREST, batches[:2], batches[2:3])
-    assert fresh.kl(changed, {}) == pytest.approx(second, rel=1e-6)
+    second = one.kl(changed, {})
+    assert counts == [len(schemes), 3] and 0 < first < second
+    fresh = trial()
+    assert fresh.kl(changed, {}) == second
     assert fresh.kl(schemes, {describe(model).layers[0].name: [2, 7]}) > first
+
+
+def test_a_trial_measures_the_kl_of_the_rounded_model(float32_model, batches):
+    model, schemes = float32_model, uniform(float32_model, Scheme(3, 128))
+    calibration = Calibration(model, describe(model), batches)
+    found = RoundedModel(calibration, Rounder(scale_dtype=torch.float32))
+    trial = Trial(calibration, found).kl(schemes, {})
+    names, judge = found.round(schemes), calibration.judge.batches
+    weights = {model.get_submodule(name): {"weight": found[name].values()} for name in names}
+    with torch.no_grad():
+        base = [log_probabilities(model, batch) for batch in judge]
+        with shadowed(weights):
+            assert trial == pytest.approx(mean_kl(model, judge, base), rel=1e-4)
 
 
 def test_costs_of_linears_predict_kl(model, batches):
     inner, scheme = f"model.layers.{len(model.model.layers) - 1}.self_attn.o_proj", Scheme(5, 128)
+    modules = {name: model.get_submodule(name) for name in (inner, "lm_head")}
+    _, samples = Calibration(model, describe(model), [*batches, batches[-1]]).samples(modules)
+    weights = {name: seen.rounded(NEAREST, scheme).values()[0] for name, seen in samples.items()}
+    predicted = {name: seen.costs(NEAREST, [scheme])[0] for name, seen in samples.items()}
     with float32_weights(model), torch.no_grad():
         base = [log_probabilities(model, batch) for batch in batches]
-        modules = {name: model.get_submodule(name) for name in (inner, "lm_head")}
-        samples = capture_linears(model, modules, batches)
-        weights = {name: seen.rounded(NEAREST, scheme).values()[0] for name, seen in samples.items()}
-        predicted = {name: seen.costs(NEAREST, [scheme])[0] for name, seen in samples.items()}
-        with replaced_weights({modules[inner].weight: weights[inner]}):
+        with shadowed({modules[inner]: {"weight": weights[inner]}}):
             measured = mean_kl(model, batches, base)
         hidden = torch.cat([predict(model, batch)[0].flatten(0, 1) for batch in batches])
         change = hidden @ weights["lm_head"].T  # its weight is the embeddings' too, which stay
@@ -73,8 +95,8 @@ def test_costs_of_linears_predict_kl(model, batches):
 def test_tuning_brings_predictions_closer_and_stays_on_the_grid(model, batches):
     short = [{"input_ids": batch["input_ids"][:, :64]} for batch in batches]
     lessons = teach(model, short)
-    with float32_weights(model):
-        grids = round_model(model, describe(model), uniform(model, Scheme(2, 128)), short, NEAREST)
+    names, found = rounded(model, short, uniform(model, Scheme(2, 128)))
+    grids = {name: found[name].grid() for name in names}
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tuned = tune_grids(model, grids, lessons, 60, torch.bfloat16)
     assert tuned.after < tuned.before

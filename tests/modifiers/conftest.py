@@ -41,6 +41,14 @@ def load(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 
 
+def on_disk(path, folder):
+    """As `load`, but all weights stay on disk; those that change are written to `folder`."""
+    with load_context():
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(folder)
+        )
+
+
 def samples(count: int = 16, length: int = 32) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 250, (length,), generator=generator) for _ in range(count)]

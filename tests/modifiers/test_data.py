@@ -205,7 +205,7 @@ def test_what_cannot_be_frozen_is_watched():
 
 def test_a_stream_in_another_order_each_time_is_one_error(tiny):
     rows = [{"input_ids": torch.randint(0, 250, (16,))} for _ in range(8)]
-    with pytest.raises(MoeCollabError, match="other tokens, as calibration batch 0 of 4"):
+    with pytest.raises(MoeCollabError, match="changed between two passes over it, at batch 0 of 4"):
         run(tiny("qwen3_moe"), PRUNE, data=DataLoader(Stream(rows, True), batch_size=2))
 
 

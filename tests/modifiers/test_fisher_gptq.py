@@ -12,8 +12,9 @@ from moe_collab.errors import MoeCollabError
 from moe_collab.evaluation import evaluate, log_probabilities
 from moe_collab.plan import CompressionPlan
 
-from .conftest import load, run, samples
+from .conftest import load, on_disk, run, samples
 
+SCHEME = {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}
 FISHER = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
 
 
@@ -58,19 +59,14 @@ def test_experts_without_tokens_are_rounded_and_not_zeroed(tiny, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.gate.weight[:4] = 0
         model.model.layers[0].mlp.gate.weight[4:] *= 10
-    scheme = {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}
-    run(model, {"FisherGPTQModifier": scheme}, output=tmp_path / "out", data=samples(2, 8))
+    run(model, {"FisherGPTQModifier": SCHEME}, output=tmp_path / "out", data=samples(2, 8))
     dense = moe_collab.load(tmp_path / "out").model.layers[0].mlp.experts.down_proj
     assert all(weight.any() for weight in dense)
 
 
-def test_a_model_on_disk_is_refused_before_calibration(tiny, tmp_path):
-    with load_context():
-        model = AutoModelForCausalLM.from_pretrained(
-            tiny("qwen3_moe"), device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(tmp_path)
-        )
+def test_tuning_on_disk_is_refused_before_calibration(tiny, tmp_path):
     with pytest.raises(MoeCollabError, match="offloaded to disk"):
-        run(model, {"FisherGPTQModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}})
+        run(on_disk(tiny("qwen3_moe"), tmp_path), {"FisherGPTQModifier": SCHEME | {"tuning_steps": 2}})
 
 
 def test_lm_head_is_rounded_by_what_it_sees(tiny, tmp_path):

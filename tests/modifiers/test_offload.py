@@ -3,8 +3,6 @@
 import pytest
 import torch
 from compressed_tensors.offload.cache.disk import DiskCache
-from llmcompressor.utils import load_context
-from transformers import AutoModelForCausalLM
 
 from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.modifiers.glue.outline import model_fingerprint, outline_of
@@ -13,14 +11,7 @@ from moe_collab.modifiers.glue.top_k import bytes_per_token
 from moe_collab.moe_model import describe
 from moe_collab.plan import CompressionPlan
 
-from .conftest import QUANTIZE, load, run
-
-
-def on_disk(path, folder):
-    with load_context():
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", device_map="auto_offload", max_memory={"cpu": 100_000}, offload_folder=str(folder)
-        )
+from .conftest import QUANTIZE, load, on_disk, run
 
 
 @pytest.fixture
@@ -58,11 +49,16 @@ def test_names_and_shapes_are_known_without_reading(family, tiny, tmp_path, byte
 
 def test_fixed_matrices_are_measured_there_too(tiny, tmp_path):
     allocate = {"bpw": 4.0, "bits": [2, 4], "group_size": [32, 128], "fixed": {"o_proj$": 4}}
-    allocate["plan"] = str(tmp_path / "plan.json")
-    out = tmp_path / "out"
-    run(on_disk(tiny("qwen3_moe"), tmp_path / "disk"), {"MixedBitAllocModifier": allocate}, QUANTIZE, output=out)
-    plan = CompressionPlan.load(tmp_path / "plan.json")
-    fixed = {str(s) for name, s in plan.parsed().items() if name.endswith("o_proj")}
-    assert fixed == {"int4-g32-asym"}  # `bpw` counts experts only, so there is room for the best
-    assert plan.predicted_bytes == sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    assert Checkpoint(out).scheme("model.layers.0.self_attn.o_proj")["weights"]["group_size"] == 32
+    plans = []
+    for place in ("memory", "disk"):
+        plan, out = tmp_path / f"{place}.json", tmp_path / place
+        model = load(tiny("qwen3_moe")) if place == "memory" else on_disk(tiny("qwen3_moe"), tmp_path / "offload")
+        run(model, {"MixedBitAllocModifier": allocate | {"plan": str(plan)}}, QUANTIZE, output=out)
+        plans.append(CompressionPlan.load(plan))
+        assert plans[-1].predicted_bytes == sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    assert plans[0] == plans[1]
+    fixed = {str(scheme) for name, scheme in plans[1].parsed().items() if name.endswith("o_proj")}
+    assert fixed and all(scheme.startswith("int4-") for scheme in fixed)
+    name = "model.layers.0.self_attn.o_proj"
+    stored = Checkpoint(tmp_path / "disk").scheme(name)["weights"]
+    assert stored["group_size"] == plans[1].parsed()[name].group_size

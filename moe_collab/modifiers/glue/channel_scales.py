@@ -8,21 +8,20 @@ become subnormal lose bits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from llmcompressor.modeling.offset_norm import NormCalibrationModule
 from torch import nn
 
-from ...distributed import everyones, store
+from ...distributed import store
 from ...errors import MoeCollabError
 from ...moe_model import MoELayer, MoEModel
 from .starved import rescaled
 
 __all__ = [
     "Rescaling",
-    "everyones_peaks",
     "multiplies_by_weight",
     "norm_and_readers",
     "rescale_norm",
@@ -55,7 +54,7 @@ def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, strength: 
 
     `activations` and `weights` [channels] are each channel's largest magnitudes (SmoothQuant, arXiv 2211.10438, eq. 4).
     """
-    exponent = strength * activations.float().clamp_min(1e-5).log2()
+    exponent = strength * activations.to(weights.device).float().clamp_min(1e-5).log2()
     exponent -= (1 - strength) * weights.float().clamp_min(1e-5).log2()
     # 2^8 either way is more than any channel gains.
     return torch.exp2((exponent - exponent.mean()).round().clamp(-8, 8))
@@ -147,14 +146,3 @@ def norm_and_readers(model: nn.Module, moe: MoEModel, layer: MoELayer) -> tuple[
             )
         readers.append(module)
     return norm, readers
-
-
-def everyones_peaks(model: nn.Module, largest: Mapping[nn.Module, torch.Tensor]) -> dict[nn.Module, torch.Tensor]:
-    """Module -> largest magnitudes [features] at its input, over all processes; `largest` is this process's part."""
-    names = {module: name for name, module in model.named_modules()}
-    seen = {names[module]: peaks for module, peaks in largest.items()}
-    found: dict[nn.Module, torch.Tensor] = {}
-    for name, peaks in (item for part in everyones([seen]) for item in part.items()):
-        module = model.get_submodule(name)
-        found[module] = torch.maximum(found[module], peaks) if module in found else peaks
-    return found

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial, wraps
+from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
 import torch
+from compressed_tensors.offload.cache import DiskCache
 from llmcompressor.core import State
 from llmcompressor.datasets import utils
 from llmcompressor.entrypoints.oneshot import Oneshot
@@ -24,6 +26,8 @@ from torch.utils.data import Sampler
 from ...errors import MoeCollabError
 
 __all__ = ["keep_attention_causal", "mend_llm_compressor", "output_directory", "survive_missing_torchvision"]
+
+offload_load = import_module("compressed_tensors.offload.load")
 
 _MARK = "_moe_collab_in_one_piece"
 _MENDED = "_moe_collab_mended"
@@ -45,7 +49,7 @@ def survive_missing_torchvision() -> None:
 
 
 def mend_llm_compressor() -> None:
-    """Put our functions around six of llm-compressor 0.14; each says what is wrong with the stock one."""
+    """Put our functions around some of llm-compressor 0.14; each says what is wrong with the stock one."""
     for owner, name, ours in (
         (utils, "_make_sampler", _sample_own_rows),
         (State, "update", _keep_given_data),
@@ -53,6 +57,7 @@ def mend_llm_compressor() -> None:
         (CustomDataset, "rename_columns", _tokenize_messages),
         (Subgraph, "forward", _let_our_errors_through),
         (Oneshot, "apply_recipe_modifiers", _remember_output_directory),
+        (offload_load, "from_accelerate", _keep_wide_tensors),
     ):
         stock = getattr(owner, name)
         if not hasattr(stock, _MENDED):
@@ -82,6 +87,22 @@ def _remember_output_directory(stock: Callable, oneshot: Oneshot, *args: Any, **
         return stock(oneshot, *args, **kwargs)
     finally:
         _OUTPUT.reset(token)
+
+
+def _keep_wide_tensors(stock: Callable, model: Any) -> Any:
+    """Let a model on disk have in float32 what its class keeps in float32 in memory, such as DeepSeek-V3's selection
+    biases; stock offloading reads them as bfloat16, which leaves few different values of them."""
+    found = stock(model)
+    patterns = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, module in model.named_modules():
+        for cache in (module._parameters, module._buffers):
+            if isinstance(cache, DiskCache):
+                wide = [own for own in cache.offloaded_values if any(part in f"{name}.{own}" for part in patterns)]
+                for own in wide:
+                    entry = cache.index.pop(cache.offloaded_values[own])
+                    cache.offloaded_values[own] = cache.offloaded_values[own].float()
+                    cache.index[cache.offloaded_values[own]] = entry | {"dtype": "float32"}
+    return found
 
 
 def _keep_given_data(stock: Callable, state: State, *args: Any, calib_data: Any = None, **kwargs: Any) -> Any:

@@ -7,11 +7,12 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device
+from compressed_tensors.offload import set_onload_device
 from llmcompressor.core import State
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...calibration import inputs_of
+from ...calibration.at_hand import compute_device
 from ...distributed import everyones
 from ...errors import MoeCollabError
 
@@ -36,10 +37,13 @@ def check_data(state: State, who: str) -> None:
 
 
 def calibration_batches(state: State) -> list[dict[str, torch.Tensor]]:
-    """What the model is called with for each calibration batch, of all processes."""
-    device = get_execution_device(state.model.get_input_embeddings())
+    """What the model is called with for each calibration batch, of all processes, on the accelerator if there is one.
+
+    The model is onloaded there too from now on, where llm-compressor's own pipelines have not seen to it yet.
+    """
+    set_onload_device(state.model, compute_device())
     batches = everyones([inputs_of(batch, torch.device("cpu")) for batch in one_pass(state)])
-    return [inputs_of(batch, device) for batch in batches]
+    return [inputs_of(batch, compute_device()) for batch in batches]
 
 
 def one_pass(state: State) -> Iterator[Mapping[str, Any]]:

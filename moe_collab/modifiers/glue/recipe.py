@@ -23,6 +23,7 @@ __all__ = [
     "check_layer_patterns",
     "check_unquantized",
     "is_on_disk",
+    "modifier_after",
     "modifiers_of_this_pass",
     "quantizers_after",
     "quantizers_before",
@@ -36,6 +37,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def modifiers_of_this_pass() -> list[Modifier]:
     """All modifiers of the recipe, in order; during a calibration pass, only those that share the pass."""
     return list(active_session().lifecycle.recipe.modifiers)
+
+
+def modifier_after(modifier: Modifier) -> Modifier | None:
+    """The modifier that comes next in the recipe."""
+    return next(iter(modifiers_of_this_pass()[_position(modifier) + 1 :]), None)
 
 
 def quantizers_after(modifier: Modifier) -> list[Any]:

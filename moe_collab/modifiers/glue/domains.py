@@ -1,4 +1,4 @@
-"""Which calibration tokens are padding, and of which domain the others are, seen from inside hooks."""
+"""Which calibration tokens are padding, and of which domain the others are."""
 
 from __future__ import annotations
 
@@ -7,70 +7,34 @@ from itertools import islice
 from typing import Any
 
 import torch
-from llmcompressor.core import active_session
-from llmcompressor.modifiers import Modifier
+from llmcompressor.core import State
 
 from ...distributed import everyones
 from ...errors import MoeCollabError
-from .data import digest, one_pass, row_indices
+from .data import one_pass, row_indices
 
-__all__ = ["TokenTags"]
+__all__ = ["token_domains"]
 
 _PADDING = -1
 
 
-class TokenTags:
-    """The domain of each token of the current batch.
+def token_domains(state: State) -> tuple[list[str], torch.Tensor]:
+    """(names of the domains, each token's domain by its place there, -1 for padding), for the tokens of all batches.
 
-    A pipeline may run one layer on all batches before it runs the next, so tags are kept by the index of the batch.
-    A digest of each batch's tokens shows that the model is run on what was tagged. A sample's domain is its `domain`
-    in the data loader's dataset, which the collator may drop.
+    A sample's domain is its `domain` in the data loader's dataset, which the collator may drop. Where no sample names
+    one, all are of one domain without a name.
     """
-
-    def __init__(self, modifier: Modifier, model: Any, loader: Any) -> None:
-        self._digests: list[bytes] = []
-        self._checked: set[int] = set()
-        masks: list[torch.Tensor] = []
-        names: list[list[str | None]] = []
-        next_samples = _sample_reader(loader)
-        for batch in one_pass(active_session().state):
-            ids, mask = _ids_and_mask(batch)
-            self._digests.append(digest(batch))
-            masks.append(mask)
-            names.append(_domain_names(next_samples(len(ids)), ids, mask))
-        own = dict.fromkeys(name for rows in names for name in rows if name is not None)
-        found = list(dict.fromkeys(everyones(list(own))))
-        self.domains: list[str] = found or [""]
-        self._tags = [_tags(mask, rows, found) for mask, rows in zip(masks, names, strict=True)]
-        check: Any = self._check
-        modifier.register_hook(model.get_input_embeddings(), check, "forward_pre")
-
-    def _check(self, _module: torch.nn.Module, args: tuple) -> None:
-        index = active_session().state.current_batch_idx
-        if not 0 <= index < len(self._digests) or digest({"input_ids": args[0]}) != self._digests[index]:
-            raise self._other_tokens(index)
-        self._checked.add(index)
-
-    def _other_tokens(self, index: int) -> MoeCollabError:
-        return MoeCollabError(
-            f"the model is run on other tokens, as calibration batch {index} of {len(self._digests)}, than were looked "
-            "at for their padding and domains. The data draws at random, so that each pass sees other tokens, or "
-            "another modifier of a shared calibration pass runs the model too. Give oneshot() a list of tokenized "
-            "samples or a datasets.Dataset, and leave `pipeline` at 'independent'."
-        )
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """Which tokens of the current batch are no padding, [tokens, bool]."""
-        return self.current != _PADDING
-
-    @property
-    def current(self) -> torch.Tensor:
-        """Domain of each token of the current batch, [tokens]; -1 for padding."""
-        index = active_session().state.current_batch_idx
-        if index not in self._checked:
-            raise self._other_tokens(index)
-        return self._tags[index].long()
+    masks: list[torch.Tensor] = []
+    names: list[list[str | None]] = []
+    next_samples = _sample_reader(state.data.calib)
+    for batch in one_pass(state):
+        ids, mask = _ids_and_mask(batch)
+        masks.append(mask)
+        names.append(_domain_names(next_samples(len(ids)), ids, mask))
+    own = dict.fromkeys(name for rows in names for name in rows if name is not None)
+    found = list(dict.fromkeys(everyones(list(own))))
+    tags = everyones([_tags(mask, rows, found) for mask, rows in zip(masks, names, strict=True)])
+    return found or [""], torch.cat(tags) if tags else torch.empty(0, dtype=torch.int16)
 
 
 def _ids_and_mask(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

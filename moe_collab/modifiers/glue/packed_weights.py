@@ -1,0 +1,82 @@
+"""Rounded weights of a model on disk stay packed: dense values are made again whenever somebody reads them.
+
+So rounding writes no second dense copy of the model, and everything that reads `module.weight` goes on as if there were
+one. In memory the dense values take the place of the original ones.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from compressed_tensors.offload.cache import DiskCache, OffloadCache
+from torch import nn
+
+from ...distributed import store
+from ...rounding import PackedGrid
+
+__all__ = ["PackedCache", "write_rounded"]
+
+
+class PackedCache(OffloadCache):
+    """The parameters of a rounded module on disk. All but `weight` are where `inner`, whose place it takes, has them.
+
+    `weight` is made of packed codes and of the scales and zero points that the module has at the time. Another weight
+    that is written to it is kept dense from then on.
+    """
+
+    def __init__(self, inner: DiskCache, rounded: PackedGrid) -> None:
+        self._inner, self._scheme, self._shape = inner, rounded.scheme, rounded.shape
+        self._words = inner.offload(rounded.words)
+        weight = inner.offloaded_values["weight"]
+        empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self._weight = nn.Parameter(empty, requires_grad=False)
+        self.offloaded_values = dict(inner.offloaded_values) | {"weight": self._weight}
+
+    @property
+    def onload_device(self) -> Any:  # type: ignore[override]
+        """Where tensors are read to."""
+        return self._inner.onload_device
+
+    @onload_device.setter
+    def onload_device(self, device: Any) -> None:
+        self._inner.onload_device = device
+
+    @property
+    def offload_device(self) -> Any:  # type: ignore[override]
+        """Where they are kept."""
+        return self._inner.offload_device
+
+    def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
+        """As `OffloadCache.onload`."""
+        if offloaded is not self._weight:
+            return self._inner.onload(offloaded)
+        zeros = None if self._scheme.symmetric else self["weight_zero_point"]
+        rounded = PackedGrid(self._scheme, self._shape, self._inner.onload(self._words), self["weight_scale"], zeros)
+        return nn.Parameter(rounded.values().to(self.onload_device, self._weight.dtype), requires_grad=False)
+
+    def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """As `OffloadCache.offload`."""
+        return self._inner.offload(tensor)
+
+    def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
+        """As `OffloadCache.update_offload`."""
+        if offloaded is not self._weight or data is None:
+            self._inner.update_offload(offloaded, data)
+            return
+        dense = nn.Parameter(data.detach().to(self._weight.dtype), requires_grad=False)
+        self.offloaded_values["weight"] = self._inner.offload(dense)
+        os.remove(self._inner.index.pop(self._words)["safetensors_file"])
+
+
+@torch.no_grad()
+def write_rounded(module: Any, rounded: PackedGrid) -> None:
+    """Put a rounded weight, its scales and its zero points into a module whose scheme is attached."""
+    store(module, "weight_scale", rounded.scales.to(module.weight_scale.dtype))
+    if rounded.zeros is not None:
+        store(module, "weight_zero_point", rounded.zeros.to(module.weight_zero_point.dtype))
+    if isinstance(module._parameters, DiskCache):
+        module._parameters = PackedCache(module._parameters, rounded)
+    else:
+        store(module, "weight", rounded.values().to(module.weight.dtype))
