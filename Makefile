@@ -82,7 +82,7 @@ bench-pruning: .venv/compress/.ready
 bench-recipes: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.benchmarks.recipes
 
-# Memory, reads and time of compressing models from disk: up to 55 GB of room and some hours. Resumes; a row that is
+# Memory, reads and time of compressing models from disk: up to 35 GB of room and some hours. Resumes; a row that is
 # deleted from build/bench/scale.json is measured anew.
 bench-scale: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.benchmarks.scale --serve-python $(SERVE)/python

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import MoeCollabError
 
-__all__ = ["MoeCollabError", "__version__", "load"]
+__all__ = ["MoeCollabError", "__version__", "load", "oneshot"]
 __version__ = "0.1.0"
 
 if _find_spec("llmcompressor") is not None:
@@ -22,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from .checkpoint.load import load
 
         return load
+    if name == "oneshot" and _find_spec("llmcompressor") is not None:
+        from .modifiers.glue.work import oneshot
+
+        return oneshot
     raise AttributeError(f"module 'moe_collab' has no attribute {name!r}")

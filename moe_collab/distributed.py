@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,9 +11,14 @@ from compressed_tensors.distributed import get_source_rank, is_distributed, is_s
 from compressed_tensors.utils import update_offload_parameter
 from torch import distributed, nn
 
-__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "store"]
+__all__ = ["agreed", "everyones", "is_distributed", "is_source_process", "share", "store", "wait"]
 
 T = TypeVar("T")
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Those of `items` that this process sees to; every one of them is one process's."""
+    return items[distributed.get_rank() :: distributed.get_world_size()] if is_distributed() else items
 
 
 def everyones(items: list[T]) -> list[T]:
@@ -41,12 +46,13 @@ def store(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
     Processes share what is offloaded: none may write while another still reads, so all come here in the same order.
     """
-    _wait()
+    wait()
     update_offload_parameter(module, name, value)
-    _wait()
+    wait()
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Return when all processes have come here."""
     if is_distributed():
         distributed.barrier()
 

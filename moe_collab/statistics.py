@@ -60,12 +60,29 @@ class ExpertStatistics:
         peaks = output.abs().amax(-1).double().cpu()
         self.largest[:, expert].scatter_reduce_(0, domains, peaks, "amax")
 
+    def join(self, other: ExpertStatistics) -> None:
+        """Add what was seen of other tokens."""
+        for name, sums in other.tensors().items():
+            own = getattr(self, name)
+            setattr(self, name, torch.maximum(own, sums) if name == "largest" else own + sums)
+
     def domain(self, index: int) -> ExpertStatistics:
         """What was seen of one domain."""
         found = ExpertStatistics(self.num_experts)
         found.tokens = self.tokens[index : index + 1].clone()
         for name in _BY_EXPERT:
             setattr(found, name, getattr(self, name)[index : index + 1].clone())
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> ExpertStatistics:
+        """What `tensors` gave. Raises `KeyError` or `ValueError` if they are others."""
+        num_domains, num_experts = tensors["selections"].shape
+        found = cls(num_experts, num_domains)
+        for name, empty in found.tensors().items():
+            if tensors[name].shape != empty.shape:
+                raise ValueError(f"{name} has shape {list(tensors[name].shape)}")
+            setattr(found, name, tensors[name])
         return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -160,12 +177,10 @@ class SavedStatistics(BaseModel):
 
 
 def _restored(meta: SavedStatistics, layer: str, stored: Mapping[str, torch.Tensor]) -> ExpertStatistics:
-    found = ExpertStatistics(meta.num_experts, len(meta.domains))
-    for name, empty in found.tensors().items():
-        value = stored[f"{layer}.{name}"]
-        if value.shape != empty.shape:
-            raise ValueError(f"{layer}.{name} has shape {list(value.shape)}")
-        setattr(found, name, value)
+    names = ExpertStatistics(meta.num_experts, len(meta.domains)).tensors()
+    found = ExpertStatistics.of({name: stored[f"{layer}.{name}"] for name in names})
+    if (found.num_experts, found.num_domains) != (meta.num_experts, len(meta.domains)):
+        raise ValueError(f"{layer} has {found.num_experts} experts in {found.num_domains} domains")
     return found
 
 

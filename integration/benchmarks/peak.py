@@ -36,9 +36,11 @@ _TAIL = 3000
 
 @dataclass
 class Stage:
-    """The largest memory, in bytes, while a stage lasted."""
+    """What a stage took: its time, and the largest memory, in bytes, while it lasted."""
 
     seconds: float = 0.0
+    cpu: float = 0.0
+    """Of these, seconds of processor time, of all threads: what is left where others share the machine."""
     memory: int = 0
     """Anonymous and shared pages."""
     mapped: int = 0
@@ -53,7 +55,7 @@ class PeakMeter:
 
     def __init__(self, pid: int | None = None, stage: str = "start") -> None:
         self.stages: dict[str, Stage] = {}
-        self._status = Path(f"/proc/{pid or 'self'}/status")
+        self._process, self._used = Path(f"/proc/{pid or 'self'}"), 0.0
         self._done, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._stage, self._since = stage, time.monotonic()
@@ -65,7 +67,7 @@ class PeakMeter:
             self._stage = stage
 
     def __enter__(self) -> PeakMeter:
-        self._since = time.monotonic()
+        self._since, self._used = time.monotonic(), _processor_time(self._process)
         self._thread.start()
         return self
 
@@ -81,18 +83,28 @@ class PeakMeter:
                 self._sample()
 
     def _sample(self) -> None:
-        now, memory = time.monotonic(), _resident(self._status)
+        now, used, memory = time.monotonic(), _processor_time(self._process), _resident(self._process)
         stage = self.stages.setdefault(self._stage, Stage())
         stage.seconds += now - self._since
+        stage.cpu += max(used - self._used, 0.0)
         stage.memory = max(stage.memory, memory.get("RssAnon", 0) + memory.get("RssShmem", 0))
         stage.mapped = max(stage.mapped, memory.get("RssFile", 0))
-        self._since = now
+        self._since, self._used = now, used
 
 
-def _resident(status: Path) -> dict[str, int]:
+def _processor_time(process: Path) -> float:
+    """Seconds so far; none once the process is gone."""
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(process: Path) -> dict[str, int]:
     """Bytes by kind of page; none once the process is gone."""
     try:
-        lines = status.read_text().splitlines()
+        lines = (process / "status").read_text().splitlines()
     except OSError:
         return {}
     return {name: int(rest.split()[0]) << 10 for name, _, rest in (s.partition(":") for s in lines if s[:3] == "Rss")}

@@ -38,6 +38,12 @@ class CostTable(BaseModel):
             (str(scheme), float(cost)) for scheme, cost in zip(schemes, costs, strict=True)
         )
 
+    def join(self, other: CostTable) -> None:
+        """Add what `other` has measured, of matrices and layers that this table does not have."""
+        self.costs |= other.costs
+        self.routed_tokens |= other.routed_tokens
+        self.tokens = self.tokens or other.tokens
+
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         replace_text(path, self.model_dump_json() + "\n")

@@ -7,6 +7,7 @@ from .run import Calibration, kept_masks
 from .samples import LayerSamples
 from .scratch import Scratch
 from .stream import Stream
+from .workspace import Workspace
 
 __all__ = [
     "Calibration",
@@ -16,6 +17,7 @@ __all__ = [
     "Scratch",
     "Stream",
     "Trial",
+    "Workspace",
     "float32_weights",
     "held_out",
     "inputs_of",

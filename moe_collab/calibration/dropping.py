@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from ..moe_model import MoELayer
 from .at_hand import at_hand, compute_device, float32_copy
 from .experts import ExpertWeights
+from .results import Results
 from .routing import choosing_among, route
 from .samples import LayerSamples
-from .scratch import Scratch
 
 __all__ = ["DropStudy"]
 
@@ -28,19 +28,20 @@ class DropStudy:
 
     An expert's output f_e(x) matters only through its product with the gradient g at the layer's output: if routing
     changes the experts' weights by w_e, KL changes by (sum of w_e g . f_e(x))^2 / 2 per token (see `samples`). So for
-    every token one number is kept for each expert that it might go to, and each expert is computed once for a token,
-    however many ways of dropping are tried.
+    every token one number is kept for each expert that it might go to, in `results`, and each expert is computed once
+    for a token, however many ways of dropping are tried.
     """
 
-    def __init__(self, layer: MoELayer, samples: LayerSamples, scratch: Scratch) -> None:
-        self._layer, self._samples, self._device = layer, samples, compute_device()
+    def __init__(self, layer: MoELayer, samples: LayerSamples, results: Results) -> None:
+        self._layer, self._samples, self._device, self._results = layer, samples, compute_device(), results
         rows = samples.layer_tokens
         shape = len(rows), layer.num_experts
-        self._before = scratch.zeros(f"{layer.name}.routed", shape, torch.float32)
-        self._before.scatter_(1, samples.indices[rows], samples.weights[rows])
-        products = len(samples.gradient), *shape
-        self._products = scratch.zeros(f"{layer.name}.products", products, torch.float32)
-        self._known = scratch.zeros(f"{layer.name}.known", shape, torch.bool)
+        self._before = torch.zeros(shape).scatter_(1, samples.indices[rows].long(), samples.weights[rows])
+        found = results.get(f"products.{layer.name}")
+        if found is None:
+            self._products, self._known = torch.zeros(len(samples.gradient), *shape), torch.zeros(shape).bool()
+        else:
+            self._products, self._known = found["products"].clone(), found["known"].clone()
 
     @torch.no_grad()
     def costs(self, dropped: Collection[int] = ()) -> torch.Tensor:
@@ -116,6 +117,7 @@ class DropStudy:
                 hidden, gradient = (self._rows(t, part) for t in (self._samples.hidden, self._samples.gradient))
                 self._products[:, part, index] = (own(hidden) * gradient).sum(-1).cpu()
             self._known[tokens, index] = True
+        self._results.put(f"products.{self._layer.name}", {"products": self._products, "known": self._known})
 
 
 class _KnownLogits(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ class ExpertWeights:
             None if down.bias is None else float32_copy(down.bias, device),
             expert._apply_gate,
         )
+
+    def changed(self, gate: torch.Tensor | None, up: torch.Tensor | None, down: torch.Tensor | None) -> ExpertWeights:
+        """The expert with other matrices gate_proj and up_proj [I, H] and down_proj [H, I]; None for its own."""
+        own_gate, own_up = self.gate_up.chunk(2)
+        gate_up = self.gate_up
+        if gate is not None or up is not None:
+            gate_up = torch.cat([own_gate if gate is None else gate, own_up if up is None else up])
+        return replace(self, gate_up=gate_up, down=self.down if down is None else down)
 
     def inner(self, hidden: torch.Tensor, gate_up: torch.Tensor | None = None) -> torch.Tensor:
         """The input of down_proj [tokens, I] for `hidden` [tokens, H], with another gate_up [2I, H] if one is given."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import linear
 
+from ..distributed import everyones
 from ..errors import MoeCollabError
 from .at_hand import float32_copy
 from .samples import evenly
@@ -55,22 +56,25 @@ class KL(NamedTuple):
 
         Raises `MoeCollabError` if predictions are not finite.
         """
-        total, count = 0.0, 0
-        stream = self.stream
-        for index in range(len(stream.data)):
-            chosen = stream.data.predicted[stream.data.span(index)].to(stream.device)
-            finished = (stream.finish(index, stream.rows(last, index)).flatten(0, 1)[chosen] for last in (base, hidden))
-            expected, found = finished
-            for part in self.head.parts(len(expected)):
-                reference = self.head.logits(expected[part]).log_softmax(-1)
-                if not bool(torch.isfinite(reference).all()):
-                    raise MoeCollabError(
-                        "the model's predictions on the calibration data are NaN or infinite; nothing was changed."
-                    )
-                ours = self.other.logits(found[part]).log_softmax(-1)
-                total += float((reference.exp() * (reference - ours)).sum(dtype=torch.float64))
-            count += int(chosen.sum())
-        return total / max(count, 1)
+        own = [(index, *self._sum(index, base, hidden)) for index in self.stream.own]
+        _, sums, counts = zip(*sorted(everyones(own)), strict=True)
+        return sum(sums) / max(sum(counts), 1)
+
+    def _sum(self, index: int, base: torch.Tensor, hidden: torch.Tensor) -> tuple[float, int]:
+        """(KL summed over micro-batch `index`, predicted tokens in it)."""
+        stream, total = self.stream, 0.0
+        chosen = stream.data.predicted[stream.data.span(index)].to(stream.device)
+        finished = (stream.finish(index, stream.rows(last, index)).flatten(0, 1)[chosen] for last in (base, hidden))
+        expected, found = finished
+        for part in self.head.parts(len(expected)):
+            reference = self.head.logits(expected[part]).log_softmax(-1)
+            if not bool(torch.isfinite(reference).all()):
+                raise MoeCollabError(
+                    "the model's predictions on the calibration data are NaN or infinite; nothing was changed."
+                )
+            ours = self.other.logits(found[part]).log_softmax(-1)
+            total += float((reference.exp() * (reference - ours)).sum(dtype=torch.float64))
+        return total, int(chosen.sum())
 
 
 class HeadGradients:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
@@ -17,7 +16,8 @@ from ..formats import Scheme
 from ..plan import description_digest
 from .costs import rounding_costs
 from .dropping import DropStudy
-from .progress import stage
+from .progress import spread
+from .results import key_of
 from .rounded_model import RoundedModel, Trial
 from .run import Calibration
 
@@ -42,13 +42,10 @@ class LiveMeasurements:
         self._calibration, self._planner, self._rounder = calibration, planner, rounded.rounder
         self._fingerprint, self._costs_file = model_fingerprint, costs_file
         self._trial = Trial(calibration, rounded)
-        self._drops: dict[str, DropStudy] = {}
 
     def costs(self) -> CostTable:
         """As `Measurements.costs`, read from the costs file if it exists."""
         file, planner = self._costs_file, self._planner
-        model: Any = self._calibration.model
-        others = {name: model.get_submodule(name) for name in planner.others()}
         key = description_digest(
             {
                 "model": self._fingerprint,
@@ -59,7 +56,7 @@ class LiveMeasurements:
         if file and Path(file).exists():
             logger.info("{}: reusing {}", planner.request.origin, file)
             return CostTable.load(file, key)
-        table = rounding_costs(self._calibration, others, packed_options(planner), self._rounder)
+        table = rounding_costs(self._calibration, planner.others(), packed_options(planner), self._rounder)
         table.fingerprint = key
         if file and is_source_process():
             table.save(file)
@@ -67,13 +64,22 @@ class LiveMeasurements:
 
     def drop_costs(self, dropped: Mapping[str, Collection[int]]) -> DropCosts:
         """As `Measurements.drop_costs`."""
-        if not self._drops:
-            (samples, _), layers = self._calibration.samples(), self._calibration.moe.layers
-            self._drops = {
-                layer.name: DropStudy(layer, samples[layer.name], self._calibration.scratch) for layer in layers
-            }
-        names = stage("costs of losing experts", list(self._drops))
-        return {name: self._drops[name].costs(dropped.get(name, ())).tolist() for name in names}
+        calibration = self._calibration
+        results, layers = calibration.results, {layer.name: layer for layer in calibration.moe.layers}
+        places = {name: f"drops.{name}.{key_of(sorted(dropped.get(name, ())))}" for name in layers}
+
+        def measure(name: str) -> None:
+            study = DropStudy(layers[name], calibration.samples()[0][name], results)
+            results.note(places[name], study.costs(dropped.get(name, ())).tolist())
+
+        spread(
+            "costs of losing experts",
+            list(layers),
+            lambda name: results.noted(places[name]) is not None,
+            calibration.samples,
+            measure,
+        )
+        return {name: results.noted(place) for name, place in places.items()}
 
     def kl(self, decision: Decision) -> float:
         """As `Measurements.kl`."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from operator import itemgetter
 
 import torch
 
-from ..moe_model import MoELayer
+from ..distributed import everyones
+from ..moe_model import MoELayer, MoEModel
 from ..pruning.surgery import activating
 from ..statistics import ExpertStatistics
+from .at_hand import compute_device
 from .experts import ExpertWeights
 from .head import KL, Head
-from .progress import stage
+from .results import key_of
 from .routing import Part, Routing, route
 from .run import Calibration
 from .samples import evenly
-from .stream import ExpertObserver, Stream
 
 __all__ = ["LayerPeaks", "OutputMatch", "expert_statistics", "kl_by_top_k", "matches_and_peaks"]
 
@@ -28,49 +30,57 @@ _TOGETHER = 4096
 
 
 def expert_statistics(
-    stream: Stream, layers: Collection[MoELayer], domains: torch.Tensor, num_domains: int
+    calibration: Calibration, layers: Collection[MoELayer], domains: torch.Tensor, num_domains: int
 ) -> dict[str, ExpertStatistics]:
     """What the experts of `layers` do with all tokens, by layer name; `domains` [tokens] is -1 for padding."""
-    found = {layer.name: ExpertStatistics(layer.num_experts, num_domains) for layer in layers}
+    scaling = calibration.moe.routed_scaling_factor
 
-    def see(
-        statistics: ExpertStatistics,
-        expert: int,
-        part: Part,
-        weights: torch.Tensor,
-        _inner: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        own = weights / stream.moe.routed_scaling_factor
-        statistics.add(expert, own, output, domains[part.tokens].long())
+    def look(layer: MoELayer, through: Callable[..., None]) -> dict[str, torch.Tensor]:
+        # Sums of micro-batches are added in their order, whichever process has which.
+        parts: dict[int, ExpertStatistics] = {}
 
-    for statistics in found.values():
+        def see(expert: int, part: Part, weights: torch.Tensor, _inner: torch.Tensor, output: torch.Tensor) -> None:
+            if part.batch not in parts:
+                parts[part.batch] = ExpertStatistics(layer.num_experts, num_domains)
+            parts[part.batch].add(expert, weights / scaling, output, domains[part.tokens].long())
+
+        through(see=see)
+        statistics = ExpertStatistics(layer.num_experts, num_domains)
         statistics.see(domains[domains >= 0].long())
-    _forward(stream, lambda layer: partial(see, found[layer.name]) if layer.name in found else None)
-    return found
+        for _, part in sorted(everyones(list(parts.items())), key=itemgetter(0)):
+            statistics.join(part)
+        return statistics.tensors()
+
+    found = _observed(calibration, "statistics", layers, look)
+    return {name: ExpertStatistics.of(tensors) for name, tensors in found.items()}
 
 
-def _forward(
-    stream: Stream,
-    observer: Callable[[MoELayer], ExpertObserver | None],
-    look: Callable[[MoELayer, Routing, torch.Tensor], None] | None = None,
-) -> None:
-    """All blocks in order. `observer` gives what is called with each expert's outputs of a layer, and `look` is called
-    with the layer, its routing and its experts' output [tokens, H] while its block is at hand."""
-    with stream.running():
-        hidden = stream.embed("even")
-        for position, name in enumerate(stage("statistics", stream.decoder.names)):
-            following = stream.room("even" if position % 2 else "odd", hidden.shape[1])
-            with stream.block(name):
-                output = None
-                if layer := stream.layers.get(name):
-                    routing = stream.route(name, hidden)
-                    output = stream.combine(layer, routing, observer(layer))
-                    if look is not None:
-                        look(layer, routing, output)
-                    routing.discard()
-                stream.advance(name, hidden, output, following)
-            hidden = following
+def _observed(
+    calibration: Calibration,
+    what: str,
+    layers: Collection[MoELayer],
+    look: Callable[[MoELayer, Callable[..., None]], dict[str, torch.Tensor]],
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Layer name -> what `look` returns, for `layers`, in one forward pass of all tokens, kept as results.
+
+    `look` gets the layer, and a function that it calls once for all tokens to go through the layer's block, with
+    observers as `Stream.through` takes them.
+    """
+    stream, results = calibration.stream(calibration.everything), calibration.results
+    names = {layer.name: f"{what}.{layer.name}" for layer in layers}
+
+    def through(block: str, hidden: torch.Tensor, into: torch.Tensor) -> None:
+        own, layer = partial(stream.through, block, hidden, into), stream.layers.get(block)
+        if layer is not None and layer.name in names:
+            results.put(names[layer.name], look(layer, own))
+        else:
+            own()
+
+    if any(results.get(name) is None for name in names.values()):
+        with stream.running():
+            stream.forward(what, what, through)
+        stream.forget(what)
+    return {layer: results.kept(name) for layer, name in names.items()}
 
 
 @dataclass
@@ -101,56 +111,68 @@ class LayerPeaks:
     inner: dict[int, torch.Tensor] = field(default_factory=dict)
     """Expert -> of each channel at the input of its down_proj, over the tokens routed to it, [I]."""
 
+    @classmethod
+    def of(cls, found: Mapping[str, torch.Tensor]) -> LayerPeaks:
+        """From `inputs` and, for each expert, `inner.` and its number."""
+        prefix = "inner."
+        inner = {int(name.removeprefix(prefix)): peak for name, peak in found.items() if name.startswith(prefix)}
+        return cls(found.get("inputs", torch.empty(0)), inner)
+
 
 def matches_and_peaks(
-    stream: Stream, candidates: Sequence[int]
+    calibration: Calibration, candidates: Sequence[int]
 ) -> tuple[dict[int, dict[str, OutputMatch]], dict[str, LayerPeaks]]:
     """(other number of activated experts -> layer name -> match, layer name -> peaks)."""
-    matches: dict[int, dict[str, OutputMatch]] = {top_k: {} for top_k in candidates}
-    peaks = {layer.name: LayerPeaks() for layer in stream.moe.layers}
+    valid = calibration.everything.valid.nonzero().flatten()
+    chosen = valid[evenly(len(valid), _MATCHED_TOKENS)]
 
-    def see(
-        found: LayerPeaks, expert: int, _part: Part, _weights: torch.Tensor, inner: torch.Tensor, _output: torch.Tensor
-    ) -> None:
-        largest = inner.abs().amax(0).cpu()
-        before = found.inner.get(expert)
-        found.inner[expert] = largest if before is None else torch.maximum(before, largest)
+    def look(layer: MoELayer, through: Callable[..., None]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {"matches": torch.zeros(len(candidates), 2, dtype=torch.float64)}
+        inner: dict[int, torch.Tensor] = {}
 
-    def look(layer: MoELayer, routing: Routing, output: torch.Tensor) -> None:
-        tokens = stream.data.valid.nonzero().flatten()
-        if not len(tokens):
-            return
-        largest = [routing.hidden[part].abs().amax(0) for part in tokens.split(_TOGETHER)]
-        peaks[layer.name].inputs = torch.stack(largest).amax(0)
-        chosen = tokens[evenly(len(tokens), _MATCHED_TOKENS)]
-        for top_k, other in _outputs_at(stream, layer, routing.hidden[chosen], candidates).items():
-            own = output[chosen]
-            cross, square = (float((a * other).sum(dtype=torch.float64)) for a in (own, other))
-            matches[top_k][layer.name] = OutputMatch(cross, square)
+        def see(expert: int, _part: Part, _weights: torch.Tensor, inputs: torch.Tensor, _output: torch.Tensor) -> None:
+            largest = inputs.abs().amax(0).cpu()
+            inner[expert] = torch.maximum(inner[expert], largest) if expert in inner else largest
 
-    _forward(stream, lambda layer: partial(see, peaks[layer.name]), look)
-    return matches, peaks
+        def compare(routing: Routing, output: torch.Tensor) -> None:
+            if len(valid):
+                largest = [routing.hidden[part].abs().amax(0) for part in valid.split(_TOGETHER)]
+                found["inputs"] = torch.stack(largest).amax(0)
+                others = _outputs_at(calibration.moe, layer, routing.hidden[chosen], candidates)
+                sums = [(y * z).sum(dtype=torch.float64) for z in others for y in (output[chosen], z)]
+                found["matches"] = torch.tensor(sums, dtype=torch.float64).view(-1, 2)
+
+        through(see=see, look=compare)
+        for expert, largest in everyones(list(inner.items())):
+            inner[expert] = torch.maximum(inner.get(expert, largest), largest)
+        return found | {f"inner.{expert}": largest for expert, largest in inner.items()}
+
+    tensors = _observed(calibration, f"peaks-{key_of(list(candidates))}", calibration.moe.layers, look)
+    matches = {
+        top_k: {name: OutputMatch(*found["matches"][at].tolist()) for name, found in tensors.items()}
+        for at, top_k in enumerate(candidates)
+    }
+    return matches, {name: LayerPeaks.of(found) for name, found in tensors.items()}
 
 
 @torch.no_grad()
-def _outputs_at(
-    stream: Stream, layer: MoELayer, hidden: torch.Tensor, candidates: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Number of activated experts -> the routed experts' output for `hidden` [n, H]; the block is at hand."""
-    chosen: dict[int, torch.Tensor] = {}
+def _outputs_at(moe: MoEModel, layer: MoELayer, hidden: torch.Tensor, candidates: Sequence[int]) -> list[torch.Tensor]:
+    """The routed experts' output for `hidden` [n, H] at each number of activated experts; the block is at hand."""
+    chosen: list[torch.Tensor] = []
+    device = compute_device()
     for top_k in candidates:
-        with activating(replace(stream.moe, layers=(layer,)), top_k):
-            weights, indices = route(layer, hidden.to(stream.device))
+        with activating(replace(moe, layers=(layer,)), top_k):
+            weights, indices = route(layer, hidden.to(device))
         by_expert = torch.zeros(len(hidden), layer.num_experts)
-        chosen[top_k] = by_expert.scatter_(1, indices.cpu(), weights.float().cpu())
-    outputs = {top_k: torch.zeros_like(hidden) for top_k in candidates}
+        chosen.append(by_expert.scatter_(1, indices.cpu(), weights.float().cpu()))
+    outputs = [torch.zeros_like(hidden) for _ in candidates]
     for expert in layer.live_experts if candidates else ():
-        own = ExpertWeights.of(layer, expert, stream.device)
-        reached = torch.stack([weights[:, expert] != 0 for weights in chosen.values()]).any(0)
+        own = ExpertWeights.of(layer, expert, device)
+        reached = torch.stack([weights[:, expert] != 0 for weights in chosen]).any(0)
         for part in reached.nonzero().flatten().split(_TOGETHER):
-            found = own(hidden[part].to(stream.device)).cpu()
-            for top_k, weights in chosen.items():
-                outputs[top_k][part] += weights[part, expert, None] * found
+            found = own(hidden[part].to(device)).cpu()
+            for output, weights in zip(outputs, chosen, strict=True):
+                output[part] += weights[part, expert, None] * found
     return outputs
 
 
@@ -158,11 +180,23 @@ def _outputs_at(
 def kl_by_top_k(calibration: Calibration, factors: Mapping[int, Mapping[str, float]]) -> dict[int, float]:
     """KL(model || model with k experts per token) on held-out tokens, nats each, for every k of `factors`: k -> layer
     name -> what its routed experts' output is multiplied by."""
-    stream = calibration.stream(calibration.judge)
-    with stream.running():
-        base, head = stream.last("base"), Head.of(calibration.model, stream.device)
-        kl = {}
-        for top_k, by_layer in factors.items():
-            with activating(calibration.moe, top_k):
-                kl[top_k] = KL(stream, head, head).mean(base, stream.last("trial", factors=by_layer))
-    return kl
+    stream, results = calibration.stream(calibration.judge), calibration.results
+
+    @cache
+    def base() -> torch.Tensor:
+        return stream.last("base")
+
+    found = {}
+    for top_k, by_layer in factors.items():
+        name = f"k{top_k}"
+        if (known := results.noted(f"kl.{name}")) is None:
+            head = Head.of(calibration.model, stream.device)
+            with stream.running():
+                before = base()
+                with activating(calibration.moe, top_k):
+                    known = KL(stream, head, head).mean(before, stream.last(name, factors=by_layer))
+            results.note(f"kl.{name}", known)
+            stream.forget(name)
+        found[top_k] = known
+    stream.forget("base")
+    return found

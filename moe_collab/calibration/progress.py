@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["stage"]
+from ..distributed import is_source_process, share, wait
+
+__all__ = ["spread", "stage"]
 
 T = TypeVar("T")
 
@@ -19,12 +21,28 @@ _PATIENCE = 10
 def stage(what: str, items: Sequence[T]) -> Iterator[T]:
     """`items` one after the other, with a bar that says `what` is done to them."""
     peak = 0
-    with tqdm(items, desc=what, delay=_PATIENCE, dynamic_ncols=True) as bar:
+    with tqdm(items, desc=what, delay=_PATIENCE, dynamic_ncols=True, disable=not is_source_process()) as bar:
         for item in bar:
             yield item
             peak = max(peak, _memory())
             if peak:
                 bar.set_postfix_str(f"{peak / 1e9:.1f} GB", refresh=False)
+
+
+def spread(
+    what: str, items: Sequence[T], is_known: Callable[[T], bool], prepare: Callable[[], object], do: Callable[[T], None]
+) -> None:
+    """Have `do` done to each of `items` that is not known yet, in one process of `torchrun` each.
+
+    If there is any, all processes first `prepare` together. All is done when it returns.
+    """
+    missing = [item for item in items if not is_known(item)]
+    wait()
+    if missing:
+        prepare()
+    for item in stage(what, share(missing)):
+        do(item)
+    wait()
 
 
 def _memory() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from ..moe_model import MoELayer
 from ..rounding import Grid, PackedGrid, Rounder
 from .experts import ExpertWeights
 from .head import KL, Head
-from .progress import stage
+from .progress import spread
+from .results import key_of
 from .run import Calibration, kept_masks
 from .stream import Masks
 from .study import ExpertGrids, LayerStudy
@@ -34,16 +35,28 @@ class RoundedModel:
 
     def __init__(self, calibration: Calibration, rounder: Rounder) -> None:
         self._calibration, self.rounder = calibration, rounder
-        self._found: dict[str, tuple[object, PackedGrid]] = {}
+        self._found: dict[str, tuple[str, PackedGrid]] = {}
 
     def __getitem__(self, name: str) -> PackedGrid:
         """Module `name`, as it was rounded last."""
         return self._found[name][1]
 
     def replace(self, name: str, grid: Grid) -> None:
-        """Let module `name` be rounded to `grid`, a batch of one, instead."""
-        key, _ = self._found[name]
-        self._found[name] = key, self._packed(name, grid)
+        """Let module `name` be rounded to `grid`, a batch of one, instead, which is kept beside what it was."""
+        found = PackedGrid.of(grid, self.rounder.scale_dtype)
+        self._calibration.results.put(f"replaced.{name}", _tensors(name, found))
+        self.restore(name, found)
+
+    def restore(self, name: str, found: PackedGrid) -> None:
+        """Let module `name` be rounded to `found`, which it was before."""
+        self._found[name] = "", found
+
+    def take_replaced(self, names: Collection[str]) -> None:
+        """Let modules be rounded to what `replace` was called with for them, if it was, by an earlier process too."""
+        for name in names:
+            if (kept := self._calibration.results.get(f"replaced.{name}")) is not None:
+                before = self[name]
+                self.restore(name, _packed(kept, name, before.scheme, before.shape))
 
     def round(self, schemes: Mapping[str, Scheme], kept: Masks | None = None) -> list[str]:
         """Round every module of `schemes` that is packed, while routers choose among `kept`.
@@ -51,37 +64,86 @@ class RoundedModel:
         Returns the names of what is rounded: not of modules that calibration tokens do not reach, such as a vision
         tower's.
         """
-        wanted = {name: _key(name, schemes, kept) for name, scheme in schemes.items() if scheme.is_packed}
-        stale = {name for name, key in wanted.items() if name not in self._found or self._found[name][0] != key}
-        if stale:
-            for name, grid in self._rounded({name: schemes[name] for name in stale}, kept):
-                self._found[name] = wanted[name], grid
-        return [name for name in wanted if name in self._found]
+        layers = {layer.name: layer for layer in self._calibration.moe.layers}
+        experts = {name for layer in layers.values() for name, *_ in layer.projections()}
+        packed = {name: scheme for name, scheme in schemes.items() if scheme.is_packed}
+        routing = key_of({layer: mask.tolist() for layer, mask in (kept or {}).items()})
+        key, others = partial(key_of, routing, str(self.rounder)), sorted(packed.keys() - experts)
+        samples = partial(self._calibration.samples, others, kept)
 
-    def _rounded(self, schemes: Mapping[str, Scheme], kept: Masks | None) -> Iterator[tuple[str, PackedGrid]]:
-        layers = self._calibration.moe.layers
-        experts = {name for layer in layers for name, *_ in layer.projections()}
-        model: Any = self._calibration.model
-        others = {name: model.get_submodule(name) for name in schemes if name not in experts}
-        samples, linears = self._calibration.samples(others, kept)
-        for name in others.keys() & linears.keys():
-            yield name, self._packed(name, linears[name].rounded(self.rounder, schemes[name]))
-        for layer in stage("rounding", layers):
-            pairs = _pairs(layer, schemes)
-            if not pairs:
-                continue
-            study = LayerStudy(layer, samples[layer.name])
-            if unseen := [index for index in pairs if not study.samples.counts[index]]:
-                logger.warning("{}: no calibration token was routed to experts {}", layer.name, unseen)
-            for group in study.groups(pairs):
-                for index, grids in group.round(self.rounder, pairs).items():
-                    for name, grid in _split(f"{layer.experts_name}.{index}", grids):
-                        if name in schemes:
-                            yield name, self._packed(name, grid)
+        def missing(name: str) -> list[int]:
+            """Experts of layer `name`, or 0 for a Linear, that are not found."""
+            if name in layers:
+                return self._missing(layers[name], packed, key)
+            return [] if self._is_found(name, [name], packed, key(str(packed[name]))) else [0]
 
-    def _packed(self, name: str, grid: Grid) -> PackedGrid:
-        found, keep = PackedGrid.of(grid, self.rounder.scale_dtype), self._calibration.scratch.keep
-        return replace(found, words=keep(f"{name}.words", found.words), scales=keep(f"{name}.scales", found.scales))
+        def do(name: str) -> None:
+            of_layers, of_linears = samples()
+            if name in layers:
+                self._round_layer(LayerStudy(layers[name], of_layers[name]), missing(name), packed, key)
+            else:
+                grids = {}
+                if name in of_linears:
+                    grids[name] = of_linears[name].rounded(self.rounder, packed[name])
+                self._keep(name, grids, key(str(packed[name])))
+
+        spread("rounding", [*others, *layers], lambda name: not missing(name), samples, do)
+        for name in (*others, *layers):
+            missing(name)  # finds what other processes have rounded
+        return [name for name in packed if name in self._found]
+
+    def _missing(self, layer: MoELayer, schemes: Mapping[str, Scheme], key: Callable[..., str]) -> list[int]:
+        """The experts of a layer that are to be rounded and not found. `key` tells all that rounding depends on."""
+        found = []
+        for index, pair in _pairs(layer, schemes).items():
+            expert = f"{layer.experts_name}.{index}"
+            names = [name for name in (f"{expert}.{projection}" for projection in PROJECTIONS) if name in schemes]
+            if not self._is_found(expert, names, schemes, key(list(map(str, pair)))):
+                found.append(index)
+        return found
+
+    def _round_layer(
+        self, study: LayerStudy, missing: list[int], schemes: Mapping[str, Scheme], key: Callable[..., str]
+    ) -> None:
+        """Round the experts `missing` of a layer.
+
+        Those that an earlier process had begun with are rounded anew together: that way come the same last bits.
+        """
+        layer, results = study.layer, self._calibration.results
+        pairs, place = _pairs(layer, schemes), f"rounding.{layer.name}"
+        missing = sorted(pairs.keys() & {*missing, *(results.noted(place) or [])})
+        results.note(place, missing)
+        if unseen := [index for index in missing if not study.samples.counts[index]]:
+            logger.warning("{}: no calibration token was routed to experts {}", layer.name, unseen)
+        for group in study.groups(missing):
+            for index, grids in group.round(self.rounder, {i: pairs[i] for i in missing}).items():
+                expert = f"{layer.experts_name}.{index}"
+                found = {name: grid for name, grid in _split(expert, grids) if name in schemes}
+                self._keep(expert, found, key(list(map(str, pairs[index]))))
+        results.note(place, [])
+
+    def _keep(self, what: str, grids: Mapping[str, Grid], key: str) -> None:
+        """Keep the rounded matrices of `what`, an expert or a Linear, packed; none of a Linear that is not reached."""
+        tensors = {"key": _digits(key)}
+        for name, grid in grids.items():
+            tensors |= _tensors(name, PackedGrid.of(grid, self.rounder.scale_dtype))
+        kept = self._calibration.results.put(f"rounded.{what}", tensors)
+        for name, grid in grids.items():
+            rows, columns = grid.codes.shape[1:]
+            self._found[name] = key, _packed(kept, name, grid.scheme, (rows, columns))
+
+    def _is_found(self, what: str, names: Sequence[str], schemes: Mapping[str, Scheme], key: str) -> bool:
+        """Whether the matrices `names` of `what` are rounded with that key, here or by an earlier process."""
+        if all(name in self._found and self._found[name][0] == key for name in names):
+            return True
+        kept = self._calibration.results.get(f"rounded.{what}")
+        if kept is None or not torch.equal(kept["key"], _digits(key)):
+            return False
+        for name in (name for name in names if f"{name}.words" in kept):
+            module = self._calibration.model.get_submodule(name)
+            shape = module.out_features, module.in_features
+            self._found[name] = key, _packed(kept, name, schemes[name], shape)
+        return True
 
     def expert(self, names: Collection[str], layer: MoELayer, index: int, device: torch.device) -> ExpertWeights:
         """Expert `index` of `layer`, its matrices among `names` rounded."""
@@ -102,12 +164,27 @@ class RoundedModel:
         rest = [name for name in names if name not in experts]
         return {model.get_submodule(name): {"weight": self.values(name, device)} for name in rest}
 
+    def head(self, names: Collection[str], device: torch.device) -> Head:
+        """The model's lm_head, rounded if it is among `names`."""
+        model: Any = self._calibration.model
+        head, own = Head.of(model, device), model.get_output_embeddings()
+        name = next((name for name in names if model.get_submodule(name) is own), None)
+        return head if name is None else head._replace(weight=self.values(name, device))
 
-def _key(name: str, schemes: Mapping[str, Scheme], kept: Masks | None) -> object:
-    """All that the rounding of a module depends on: its expert's schemes, and which experts routers may choose."""
-    expert = name.rpartition(".")[0]
-    parts = [schemes.get(f"{expert}.{projection}") for projection in PROJECTIONS]
-    return schemes[name], parts, {layer: mask.tolist() for layer, mask in (kept or {}).items()}
+
+def _digits(key: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)
+
+
+def _tensors(name: str, found: PackedGrid) -> dict[str, torch.Tensor]:
+    """What `RoundedModel` keeps of matrix `name`."""
+    parts = {"words": found.words, "scales": found.scales, "zeros": found.zeros}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def _packed(kept: Mapping[str, torch.Tensor], name: str, scheme: Scheme, shape: tuple[int, int]) -> PackedGrid:
+    """Matrix `name` of what `RoundedModel` has kept."""
+    return PackedGrid(scheme, shape, kept[f"{name}.words"], kept[f"{name}.scales"], kept.get(f"{name}.zeros"))
 
 
 def _pairs(layer: MoELayer, schemes: Mapping[str, Scheme]) -> dict[int, tuple[Scheme, Scheme]]:
@@ -146,6 +223,16 @@ class Trial:
 
     def kl(self, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> float:
         """KL(model || model rounded at `schemes`, without the experts `dropped` of each layer), nats per token."""
+        packed = {name: str(scheme) for name, scheme in schemes.items() if scheme.is_packed}
+        gone = {layer: sorted(experts) for layer, experts in dropped.items() if experts}
+        name = f"trial-{key_of(packed, gone, str(self._rounded.rounder))}"
+        results = self._calibration.results
+        if (found := results.noted(name)) is None:
+            results.note(name, found := self._measured(name, schemes, dropped))
+            self._calibration.stream(self._calibration.judge).forget(name)
+        return found
+
+    def _measured(self, name: str, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> float:
         calibration = self._calibration
         kept = kept_masks(calibration.moe, dropped)
         names = set(self._rounded.round(schemes, kept))
@@ -153,12 +240,7 @@ class Trial:
         with stream.running():
             if self._base is None:
                 self._base = stream.last("base")
-            model: Any = calibration.model
-            head = Head.of(model, stream.device)
-            other = head
-            head_name = next((n for n in names if model.get_submodule(n) is model.get_output_embeddings()), None)
-            if head_name is not None:
-                other = head._replace(weight=self._rounded.values(head_name, stream.device))
+            head, other = Head.of(calibration.model, stream.device), self._rounded.head(names, stream.device)
             weights_of = partial(self._rounded.expert, names)
-            last = stream.last("trial", kept, self._rounded.dense(names, stream.device), weights_of)
+            last = stream.last(name, kept, self._rounded.dense(names, stream.device), weights_of)
             return KL(stream, head, other).mean(self._base, last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,12 +18,14 @@ from .at_hand import shadowed
 from .micro_batches import MicroBatches
 from .scratch import Scratch
 
-__all__ = ["Part", "Routing", "choosing_among", "route"]
+__all__ = ["Part", "Routing", "choosing_among", "experts_replaced", "route"]
 
 
 class Part(NamedTuple):
     """The tokens of one micro-batch that go to one expert."""
 
+    batch: int
+    """The number of the micro-batch."""
     tokens: torch.Tensor
     """Their numbers, ascending, [n]."""
     slots: torch.Tensor
@@ -33,50 +35,52 @@ class Part(NamedTuple):
 class Routing:
     """What the experts of one layer see: their input, the experts chosen, and the router's weights, for all tokens.
 
-    Filled micro-batch by micro-batch. Padding tokens go to no expert.
+    Filled micro-batch by micro-batch, `width` values and `top_k` choices for each token. Padding tokens go to no
+    expert. Each process of `torchrun` fills in and goes through its `own` micro-batches.
     """
 
-    def __init__(self, name: str, data: MicroBatches, scratch: Scratch) -> None:
-        self._name, self._data, self._scratch = name, data, scratch
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.hidden = self.indices = self.weights = torch.empty(0)
+    def __init__(
+        self, name: str, data: MicroBatches, scratch: Scratch, width: int, top_k: int, own: Sequence[int]
+    ) -> None:
+        self._name, self._data, self._scratch, self._own = name, data, scratch, own
+        self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        total = data.num_tokens
+        self.hidden = scratch.zeros(f"{name}.hidden", (total, width), torch.float32)
+        self.indices = scratch.zeros(f"{name}.indices", (total, top_k), torch.int16)
+        self.weights = scratch.zeros(f"{name}.weights", (total, top_k), torch.float32)
 
     def see(self, index: int, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
-        """Take down what the experts get for micro-batch `index`, the next one: [tokens, H] and twice [tokens, k]."""
-        if not index:
-            total = self._data.num_tokens
-            self.hidden = self._scratch.zeros(f"{self._name}.hidden", (total, hidden.shape[1]), torch.float32)
-            self.indices = torch.full((total, indices.shape[1]), -1, dtype=torch.int16)
-            self.weights = torch.zeros(total, indices.shape[1])
+        """Take down what the experts get for micro-batch `index`: [tokens, H] and twice [tokens, k]."""
         span = self._data.span(index)
         valid = self._data.valid[span]
         self.hidden[span] = hidden.detach().cpu()
-        self.indices[span][valid] = indices.detach().cpu()[valid].short()
+        self.indices[span] = torch.where(valid[:, None], indices.detach().cpu(), -1).short()
         self.weights[span] = weights.detach().float().cpu()
-        chosen = self.indices[span].flatten().long()
-        order = chosen.argsort(stable=True)
-        self._parts.append((order, torch.bincount(chosen + 1).cumsum(0)))
 
     def part(self, index: int, expert: int) -> Part:
         """The tokens of micro-batch `index` that go to `expert`."""
+        if index not in self._parts:
+            chosen = self.indices[self._data.span(index)].flatten().long()
+            self._parts[index] = chosen.argsort(stable=True), torch.bincount(chosen + 1).cumsum(0)
         order, ends = self._parts[index]
         if expert + 1 >= len(ends):
-            return Part(order[:0], order[:0])
+            return Part(index, order[:0], order[:0])
         pairs = order[int(ends[expert]) : int(ends[expert + 1])]
         top_k = self.indices.shape[1]
-        return Part(self._data.span(index).start + pairs // top_k, pairs % top_k)
+        return Part(index, self._data.span(index).start + pairs // top_k, pairs % top_k)
 
-    def parts(self, expert: int) -> Iterator[tuple[int, Part]]:
-        """(index of the micro-batch, its tokens that go to `expert`), for every micro-batch that has any."""
-        for index in range(len(self._parts)):
+    def parts(self, expert: int) -> Iterator[Part]:
+        """The tokens that go to `expert`, for every own micro-batch that has any."""
+        for index in self._own:
             part = self.part(index, expert)
             if len(part.tokens):
-                yield index, part
+                yield part
 
     def discard(self) -> None:
-        """Give back the room that the inputs take."""
-        self._scratch.discard(f"{self._name}.hidden")
-        self.hidden = torch.empty(0)
+        """Give back the room that it takes."""
+        for what in ("hidden", "indices", "weights"):
+            self._scratch.discard(f"{self._name}.{what}")
+        self.hidden = self.indices = self.weights = torch.empty(0)
 
 
 def route(layer: MoELayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +91,20 @@ def route(layer: MoELayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     holder = layer.bias_holder
     beside = () if holder is None or holder is layer.router else (holder.e_score_correction_bias,)
     return layer.routing(layer.router(hidden, *beside))
+
+
+@contextmanager
+def experts_replaced(layer: MoELayer, replacement: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let `replacement` compute the experts' output within the block, from [tokens, H] and twice [tokens, k]."""
+
+    def forward(*args: Any, **named: Any) -> torch.Tensor:
+        given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | named
+        hidden = given["hidden_states"]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return replacement(flat, given["top_k_index"], given["top_k_weights"]).reshape(hidden.shape)
+
+    with replaced_forward(layer.experts, forward):
+        yield
 
 
 @contextmanager

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..moe_model import MoEModel
 from .fisher import FisherPass
 from .micro_batches import MicroBatches, held_out
+from .results import key_of
 from .samples import LayerSamples, LinearSamples
-from .scratch import Scratch
 from .stream import Masks, Stream
+from .workspace import Workspace
 
 __all__ = ["Calibration", "kept_masks"]
 
@@ -22,8 +21,10 @@ __all__ = ["Calibration", "kept_masks"]
 class Calibration:
     """What `batches` tell about `model`; every eighth of them is held out to judge by, the others are learnt from.
 
-    Intermediate results are in files inside `folder`, or in memory if that is None. They hold for the model as it is:
-    after its weights, experts or number of activated experts have changed, make another one.
+    What it makes is kept in `workspace`, by default in memory. If that is durable, a calibration that is made there
+    again goes on where an earlier one was cut off. That has to be of the same model and tokens, and has to be asked for
+    the same in the same order. All holds for the model as it is: after its weights, experts or number of activated
+    experts have changed, make another calibration elsewhere.
     """
 
     def __init__(
@@ -31,39 +32,53 @@ class Calibration:
         model: Any,
         moe: MoEModel,
         batches: Sequence[Mapping[str, torch.Tensor]],
-        folder: str | Path | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         learn, judge = held_out(_rows(batches[0]) if len(batches) == 1 else batches)
-        self.model, self.moe, self.scratch = model, moe, Scratch(folder)
+        self.model, self.moe = model, moe
         self.everything, self.learn, self.judge = MicroBatches(batches), MicroBatches(learn), MicroBatches(judge)
+        self._workspace = workspace or Workspace()
+        self.scratch, self.results = self._workspace.scratch, self._workspace.results
+        self.later = 0
+        """Bytes that will be kept after the samples, such as rounded weights: room is checked for them too."""
         self._pass: FisherPass | None = None
-        self._key: object = None
-        self._asked: set[str] = set()
+        self._routing: str = ""
+        self._linears: list[str] = []
+        if begun := self.results.noted("samples"):
+            self._routing, self._linears = begun
 
     def stream(self, data: MicroBatches) -> Stream:
         """The model's blocks over `data`."""
         return Stream(self.model, self.moe, data, self.scratch)
 
     def samples(
-        self, linears: Mapping[str, nn.Linear] | None = None, kept: Masks | None = None
+        self, linears: Collection[str] = (), kept: Masks | None = None
     ) -> tuple[dict[str, LayerSamples], dict[str, LinearSamples]]:
         """Samples of all MoE layers and of `linears`, by name, while routers choose only experts that `kept` marks.
 
         Only the newest are kept, and used again if they will do.
         """
-        key = {name: mask.tolist() for name, mask in (kept or {}).items()}
-        wanted = set(linears or ())
-        if self._pass is None or self._key != key or not wanted <= self._asked:
+        routing = key_of({name: mask.tolist() for name, mask in (kept or {}).items()})
+        if routing != self._routing or not set(linears) <= set(self._linears):
             self._pass = None
+            self.scratch.discard_all(self._samples_name())
+            self._routing, self._linears = routing, sorted(linears)
+            self.results.note("samples", [self._routing, self._linears])
+        if self._pass is None:
+            modules = {name: self.model.get_submodule(name) for name in self._linears}
             layers = [layer.name for layer in self.moe.layers]
-            self._pass = FisherPass(self.stream(self.learn), layers, linears or {}, kept)
-            self._key, self._asked = key, wanted
+            self._pass = FisherPass(
+                self.stream(self.learn), layers, modules, kept, name=self._samples_name(), later=self.later
+            )
         return self._pass.layers, self._pass.linears
 
+    def _samples_name(self) -> str:
+        return f"samples-{key_of(self._routing, self._linears)}"
+
     def close(self) -> None:
-        """Delete all files."""
+        """Delete all files, but for results that are durable."""
         self._pass = None
-        self.scratch.close()
+        self._workspace.close()
 
 
 def kept_masks(moe: MoEModel, dropped: Mapping[str, Collection[int]]) -> dict[str, torch.Tensor]:

@@ -12,11 +12,14 @@ taken ones are kept, and `LAYER_TOKENS` of all tokens of a layer, which are for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..distributed import everyones, is_source_process
 from ..errors import MoeCollabError
 from ..formats import Scheme
 from ..rounding import Grid, Rounder
@@ -72,6 +75,14 @@ class LayerSamples:
     num_tokens: int
     """All calibration tokens, sampled or not."""
 
+    @classmethod
+    def find(cls, scratch: Scratch, name: str) -> LayerSamples | None:
+        """What `sampled` has kept in durable scratch."""
+        found: dict[str, Any] = {field.name: scratch.find(f"{name}.{field.name}") for field in fields(cls)}
+        if any(tensor is None for tensor in found.values()):
+            return None
+        return cls(**found | {"num_tokens": int(found["num_tokens"])})
+
     def routed(self, expert: int, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, router weights) of the sampled tokens of `expert`, evenly thinned to at most `limit`."""
         rows, slots = torch.where((self.indices == expert) & self.in_sample)
@@ -82,30 +93,33 @@ class LayerSamples:
 
 
 def sampled(
-    name: str, routing: Routing, gradient: torch.Tensor, valid: torch.Tensor, num_experts: int, keep: Sampler
+    name: str, routing: Routing, gradient: torch.Tensor, valid: torch.Tensor, num_experts: int, sampler: Sampler
 ) -> LayerSamples:
-    """A sample of what the layer `name` saw; `gradient` [draws, tokens, H]; `valid` [tokens] is false for padding."""
+    """A sample of what a layer saw, kept as `name`; `gradient` [draws, tokens, H]; `valid` [tokens] is false for
+    padding.
+    """
     tokens = valid.nonzero().flatten()
-    indices = routing.indices[tokens].long()
+    indices = routing.indices[tokens]
     in_sample = torch.zeros_like(indices, dtype=torch.bool)
-    flat = indices.flatten()
+    flat = indices.flatten().long()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts)
     for pairs in order.split(counts.tolist()):
-        in_sample.view(-1)[pairs[evenly(len(pairs), keep.expert_tokens)]] = True
+        in_sample.view(-1)[pairs[evenly(len(pairs), sampler.expert_tokens)]] = True
     in_layer = torch.zeros(len(tokens), dtype=torch.bool)
-    in_layer[evenly(len(tokens), keep.layer_tokens)] = True
+    in_layer[evenly(len(tokens), sampler.layer_tokens)] = True
     rows = (in_sample.any(1) | in_layer).nonzero().flatten()
-    chosen = tokens[rows]
+    chosen, keep = tokens[rows], sampler.scratch.keep
+    keep(f"{name}.num_tokens", torch.tensor(len(tokens)))
     return LayerSamples(
-        keep.rows(f"{name}.sampled.hidden", routing.hidden, chosen, keep.dtype),
-        indices[rows],
-        routing.weights[chosen],
-        keep.rows(f"{name}.sampled.gradient", gradient, chosen, keep.gradient_dtype),
-        in_sample[rows],
-        in_layer[rows].nonzero().flatten(),
-        counts,
-        len(tokens),
+        hidden=sampler.rows(f"{name}.hidden", routing.hidden, chosen, sampler.dtype),
+        indices=keep(f"{name}.indices", indices[rows]),
+        weights=keep(f"{name}.weights", routing.weights[chosen]),
+        gradient=sampler.rows(f"{name}.gradient", gradient, chosen, sampler.gradient_dtype),
+        in_sample=keep(f"{name}.in_sample", in_sample[rows]),
+        layer_tokens=keep(f"{name}.layer_tokens", in_layer[rows].nonzero().flatten()),
+        counts=keep(f"{name}.counts", counts),
+        num_tokens=len(tokens),
     )
 
 
@@ -130,9 +144,10 @@ class Sampler:
     def rows(self, name: str, tensor: torch.Tensor, chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The `chosen` rows of `tensor` [..., tokens, H] as `dtype`, copied in bounded steps."""
         kept = self.scratch.zeros(name, (*tensor.shape[:-2], len(chosen), tensor.shape[-1]), dtype)
-        for start in range(0, len(chosen), 4096):
+        for start in range(0, len(chosen) if is_source_process() else 0, 4096):
             part = slice(start, start + 4096)
             kept[..., part, :] = tensor[..., chosen[part], :].to(dtype)
+        self.scratch.finish(name)
         return kept
 
 
@@ -169,12 +184,22 @@ class LinearSamples:
 
 
 class LinearRecorder:
-    """Collects samples of the Linears `modules`, by name; `finished` holds those that are complete."""
+    """Collects samples of the Linears `modules`, by name; `finished` holds those that are complete.
 
-    def __init__(self, modules: Mapping[str, nn.Linear], data: MicroBatches, sampler: Sampler) -> None:
-        self._modules, self._data, self._sampler = modules, data, sampler
-        self._parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in modules}
+    They are kept in scratch with `prefix` before their names; those that an earlier process has kept there are found.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Linear], data: MicroBatches, sampler: Sampler, prefix: str) -> None:
+        self._modules, self._data, self._sampler, self._prefix = modules, data, sampler, prefix
+        self._parts: list[tuple[str, int, torch.Tensor, torch.Tensor]] = []
         self.finished: dict[str, LinearSamples] = {}
+        for name, module in modules.items():
+            inputs, gradient = (sampler.scratch.find(place) for place in self._places(name))
+            if inputs is not None and gradient is not None:
+                self.finished[name] = LinearSamples(module, inputs, gradient)
+
+    def _places(self, name: str) -> tuple[str, str]:
+        return f"{self._prefix}.{name}.inputs", f"{self._prefix}.{name}.gradients"
 
     def limit(self, rows: int) -> int:
         """Tokens of a micro-batch that are kept of a Linear with so many rows."""
@@ -201,24 +226,22 @@ class LinearRecorder:
                 "the model and the data; nothing was changed."
             )
         taken = evenly(len(inputs), self.limit(gradient.shape[-1])).to(inputs.device)
-        self.add(name, inputs[taken], gradient[:, taken])
+        self.add(name, index, inputs[taken], gradient[:, taken])
 
-    def add(self, name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add inputs [n, columns] and gradients [draws, n, rows]."""
-        self._parts[name].append(self._sampler.narrowed(inputs, gradient))
+    def add(self, name: str, index: int, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add inputs [n, columns] and gradients [draws, n, rows] of micro-batch `index`."""
+        self._parts.append((name, index, *self._sampler.narrowed(inputs, gradient)))
 
     def keep(self) -> None:
-        """Put the samples that were added since the last time into scratch; they are complete."""
-        for name, parts in self._parts.items():
-            if parts:
-                inputs, gradient = zip(*parts, strict=True)
-                keep, prefix = self._sampler.scratch.keep, f"{name}.sampled"
-                self.finished[name] = LinearSamples(
-                    self._modules[name],
-                    keep(f"{prefix}.inputs", torch.cat(inputs)),
-                    keep(f"{prefix}.gradient", torch.cat(gradient, 1)),
-                )
-                parts.clear()
+        """Put the samples that were added since the last time, by all processes, into scratch; they are complete."""
+        parts, self._parts = everyones(self._parts), []
+        for name in sorted({name for name, *_ in parts}):
+            own = sorted(((index, pair) for other, index, *pair in parts if other == name), key=itemgetter(0))
+            inputs, gradient = zip(*(pair for _, pair in own), strict=True)
+            keep, (of_inputs, of_gradients) = self._sampler.scratch.keep, self._places(name)
+            self.finished[name] = LinearSamples(
+                self._modules[name], keep(of_inputs, torch.cat(inputs)), keep(of_gradients, torch.cat(gradient, 1))
+            )
 
 
 def evenly(count: int, limit: int) -> torch.Tensor:

@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from ..architectures import logits_scaling
-from ..decoder import Decoder, replaced_forward
+from ..decoder import Decoder
+from ..distributed import share, wait
 from ..errors import MoeCollabError
 from ..moe_model import MoELayer, MoEModel
 from .at_hand import at_hand, compute_device, shadowed
 from .experts import ExpertWeights
 from .micro_batches import MicroBatches
 from .progress import stage
-from .routing import Part, Routing, choosing_among
+from .routing import Part, Routing, choosing_among, experts_replaced
 from .scratch import Scratch
 
 __all__ = ["ExpertObserver", "Stream"]
@@ -52,12 +53,16 @@ class _Reached(Exception):
 
 
 class Stream:
-    """The blocks of `model`, over the tokens of `data`, with room for intermediate results in `scratch`."""
+    """The blocks of `model`, over the tokens of `data`, with room for intermediate results in `scratch`.
+
+    Each process of `torchrun` sees to its `own` micro-batches of the data.
+    """
 
     def __init__(self, model: Any, moe: MoEModel, data: MicroBatches, scratch: Scratch) -> None:
         self.model, self.moe, self.data, self.scratch = model, moe, data, scratch
         self.decoder, self.device = Decoder(model), compute_device()
         self.dtype: torch.dtype = model.dtype
+        self.own = share(range(len(data)))
         self.layers: dict[str, MoELayer] = {}
         for layer in moe.layers:
             name = next(name for name in self.decoder.blocks if layer.name.startswith(f"{name}."))
@@ -84,13 +89,11 @@ class Stream:
     @torch.no_grad()
     def embed(self, name: str) -> torch.Tensor:
         """The first block's input, [tokens, H], as `name` in scratch."""
-        found = torch.empty(0)
         embedding = self.decoder.embedding
+        found = self.room(name, embedding.embedding_dim)
         with shadowed({embedding: {"weight": embedding.weight.detach().to(self.device)}}):
-            for index in range(len(self.data)):
+            for index in self.own:
                 hidden = self.decoder.embed(self.batch(index))
-                if not index:
-                    found = self.room(name, hidden.shape[-1])
                 found[self.data.span(index)] = hidden.flatten(0, 1).to("cpu", self.dtype)
         return found
 
@@ -127,7 +130,7 @@ class Stream:
         Raises `MoeCollabError` naming the layer and the calibration sequence if any of that is not finite.
         """
         layer = self.layers[name]
-        routing = Routing(name, self.data, self.scratch)
+        routing = self.routing(name, hidden.shape[1])
 
         def reached(index: int, inputs: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             self.check(index, f"{layer.name}: the experts' inputs", inputs)
@@ -135,23 +138,15 @@ class Stream:
             routing.see(index, inputs, indices, weights)
             raise _Reached
 
-        for index in range(len(self.data)):
-            with self.experts_replaced(layer, partial(reached, index)), suppress(_Reached):
+        for index in self.own:
+            with experts_replaced(layer, partial(reached, index)), suppress(_Reached):
                 self.call(name, index, self.rows(hidden, index))
+        wait()
         return routing
 
-    @contextmanager
-    def experts_replaced(self, layer: MoELayer, replacement: Callable[..., torch.Tensor]) -> Iterator[None]:
-        """Let `replacement` compute the experts' output within the block, from [tokens, H] and twice [tokens, k]."""
-
-        def forward(*args: Any, **named: Any) -> torch.Tensor:
-            given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | named
-            hidden = given["hidden_states"]
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            return replacement(flat, given["top_k_index"], given["top_k_weights"]).reshape(hidden.shape)
-
-        with replaced_forward(layer.experts, forward):
-            yield
+    def routing(self, name: str, width: int) -> Routing:
+        """Of block `name`, to be filled in with what its experts see, `width` values a token."""
+        return Routing(name, self.data, self.scratch, width, self.layers[name].top_k, self.own)
 
     @torch.no_grad()
     def combine(
@@ -168,13 +163,14 @@ class Stream:
         output = self.room("experts", routing.hidden.shape[1], torch.float32)
         for expert in layer.live_experts:
             own = weights_of(layer, expert, self.device)
-            for _, part in routing.parts(expert):
+            for part in routing.parts(expert):
                 weights = routing.weights[part.tokens, part.slots].to(self.device)
                 inner = own.inner(routing.hidden[part.tokens].to(self.device))
                 found = own.outer(inner)
                 if see is not None:
                     see(expert, part, weights, inner, found)
                 output.index_add_(0, part.tokens, (found * weights[:, None]).cpu())
+        wait()
         return output
 
     @torch.no_grad()
@@ -184,7 +180,7 @@ class Stream:
         `output` [tokens, H] is what its experts put out, None for a block without routed experts.
         """
         layer = self.layers.get(name)
-        for index in range(len(self.data)):
+        for index in self.own:
             inputs = self.rows(hidden, index)
             if layer is None:
                 found = self.call(name, index, inputs)
@@ -192,10 +188,75 @@ class Stream:
                 assert output is not None
                 own = output[self.data.span(index)].to(self.device)
                 self.check(index, f"{layer.name}: the experts' outputs", own)
-                with self.experts_replaced(layer, lambda *_, own=own: own):
+                with experts_replaced(layer, lambda *_, own=own: own):
                     found = self.call(name, index, inputs)
             self.check(index, f"{name}: its output", found.flatten(0, 1))
-            into[self.data.span(index)] = found.flatten(0, 1).to("cpu", self.dtype)
+            into[self.data.span(index)] = found.flatten(0, 1).to("cpu", into.dtype)
+        wait()
+
+    def forward(
+        self, name: str, what: str, through: Callable[[str, torch.Tensor, torch.Tensor], None], keep: bool = False
+    ) -> dict[int, torch.Tensor]:
+        """All blocks in order, as stage `what`: `through` gets a block's name, its input, and where its output goes.
+
+        Returns position -> the input of the block there, [tokens, H], after the last the last block's output; without
+        `keep` only that. They are in scratch, called `name` and their position. Blocks whose output an earlier process
+        has finished are left out. Needs `running`.
+        """
+        blocks = self.decoder.names
+        places = [f"{name}.{position}" for position in range(len(blocks) + 1)]
+        found = self.found(name)
+        if not found:
+            found[0] = self.embed(places[0])
+            self.scratch.finish(places[0])
+        first = max(found)
+        for position, block in enumerate(stage(what, blocks[first:]), start=first):
+            following = self.room(places[position + 1], found[position].shape[1])
+            through(block, found[position], following)
+            self.scratch.finish(places[position + 1])
+            found[position + 1] = following
+            if not keep:
+                self.scratch.discard(places[position])
+                del found[position]
+        return found
+
+    def found(self, name: str) -> dict[int, torch.Tensor]:
+        """Position -> what `forward` called `name` has finished and left there, in durable scratch."""
+        positions = range(len(self.decoder.names) + 1)
+        return {at: found for at in positions if (found := self.scratch.find(f"{name}.{at}")) is not None}
+
+    def through(
+        self,
+        name: str,
+        hidden: torch.Tensor,
+        into: torch.Tensor,
+        *,
+        kept: Masks | None = None,
+        rounded: Weights | None = None,
+        weights_of: WeightsOf = ExpertWeights.of,
+        factor: float = 1.0,
+        see: ExpertObserver | None = None,
+        look: Callable[[Routing, torch.Tensor], None] | None = None,
+    ) -> None:
+        """Write to `into` [tokens, H] what block `name` makes of `hidden` [tokens, H].
+
+        `kept`, `rounded` and `weights_of` put other routers and weights in the place of the model's own, and `factor`
+        multiplies the routed experts' outputs. `see` is called with what each expert computes, and `look` with the
+        routing and the experts' outputs [tokens, H] while the block is at hand.
+        """
+        inside = set(self.decoder.blocks[name].modules())
+        own = {module: weights for module, weights in (rounded or {}).items() if module in inside}
+        with self.block(name, kept, own):
+            output = None
+            if layer := self.layers.get(name):
+                routing = self.route(name, hidden)
+                output = self.combine(layer, routing, see, weights_of)
+                if factor != 1:
+                    output *= factor
+                if look is not None:
+                    look(routing, output)
+                routing.discard()
+            self.advance(name, hidden, output, into)
 
     def last(
         self,
@@ -205,25 +266,19 @@ class Stream:
         weights_of: WeightsOf = ExpertWeights.of,
         factors: Mapping[str, float] | None = None,
     ) -> torch.Tensor:
-        """The last block's output [tokens, H], as `name` in scratch; needs `running`.
+        """The last block's output [tokens, H]; as `through`, but `factors` are by MoE layer name. See `forward`."""
 
-        `kept`, `rounded` and `weights_of` put other routers and weights in the place of the model's own; `factors` (by
-        MoE layer name) multiply the routed experts' outputs.
-        """
-        hidden = self.embed(f"{name}.even")
-        for position, block in enumerate(stage("forward", self.decoder.names)):
-            following = self.room(f"{name}.{'even' if position % 2 else 'odd'}", hidden.shape[1])
-            inside = set(self.decoder.blocks[block].modules())
-            with self.block(block, kept, {m: own for m, own in (rounded or {}).items() if m in inside}):
-                output = None
-                if layer := self.layers.get(block):
-                    routing = self.route(block, hidden)
-                    output = self.combine(layer, routing, weights_of=weights_of)
-                    output *= (factors or {}).get(layer.name, 1.0)
-                    routing.discard()
-                self.advance(block, hidden, output, following)
-            hidden = following
-        return hidden
+        def through(block: str, hidden: torch.Tensor, into: torch.Tensor) -> None:
+            layer = self.layers.get(block)
+            factor = 1.0 if layer is None else (factors or {}).get(layer.name, 1.0)
+            self.through(block, hidden, into, kept=kept, rounded=rounded, weights_of=weights_of, factor=factor)
+
+        return self.forward(name, "forward", through)[len(self.decoder.names)]
+
+    def forget(self, name: str) -> None:
+        """Give back the room of what `forward` or `last` called `name` left."""
+        for position in range(len(self.decoder.names) + 1):
+            self.scratch.discard(f"{name}.{position}")
 
     def finish(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of lm_head [rows, length, H] for the last block's output `hidden`; needs `running`.

@@ -15,12 +15,21 @@ from ..errors import MoeCollabError
 from .live import float32_weights, log_probabilities, mean_kl, predict, predicted
 from .micro_batches import held_out
 
-__all__ = ["Batch", "Head", "Lesson", "Lessons", "divergence", "head_of", "kl_of", "recite", "teach", "texts"]
+__all__ = [
+    "LESSON_BYTES",
+    "Batch",
+    "Head",
+    "Lesson",
+    "Lessons",
+    "divergence",
+    "kl_of",
+    "teach",
+]
 
 Batch = Mapping[str, torch.Tensor]
 
-_BYTES = 2 << 30
-"""About how much memory a list of lessons may take."""
+LESSON_BYTES = 2 << 30
+"""About how many bytes of memory a list of lessons may take."""
 _TOGETHER = 1 << 15
 """Tokens of the texts that are written at one time; the keys and values of all of them are in memory."""
 _TEXTS = 6
@@ -68,35 +77,35 @@ def teach(model: Any, batches: Sequence[Batch]) -> Lessons:
     if len(batches) < 2:
         raise MoeCollabError("tuning needs two batches of calibration data, one of them to judge the other.")
     known, unseen = held_out(batches)
-    lessons = Lessons(recite(model, known), recite(model, unseen), head_of(model))
+    lessons = Lessons(_recited(model, known), _recited(model, unseen), _head_of(model))
     size = sum(lesson.inputs.nbytes for lesson in lessons.known)
-    lessons.known.extend(recite(model, texts(model, known, _BYTES // max(size, 1) - 1)))
+    lessons.known.extend(_recited(model, _texts(model, known, LESSON_BYTES // max(size, 1) - 1)))
     return lessons
 
 
-def texts(model: Any, batches: Sequence[Batch], most: int = 1 << 30) -> list[Batch]:
+def _texts(model: Any, batches: Sequence[Batch], most: int = 1 << 30) -> list[Batch]:
     """Texts that `model` writes: each continues the beginning of a sequence of `batches` to that sequence's length.
 
     Every sequence is continued `most` times, but at most `_TEXTS` times.
     """
-    generator, head = torch.Generator().manual_seed(0), head_of(model)
+    generator, head = torch.Generator().manual_seed(0), _head_of(model)
     return [text for _ in range(min(most, _TEXTS)) for text in _written(model, head, batches, generator)]
 
 
 @torch.no_grad()
-def recite(model: Any, batches: Sequence[Batch]) -> list[Lesson]:
+def _recited(model: Any, batches: Sequence[Batch]) -> list[Lesson]:
     """What `model` predicts for each of `batches`, up to about 2 GiB of lessons; the batches beyond are left out."""
     lessons: list[Lesson] = []
     with float32_weights(model):
         for batch in batches:
             lessons.append(Lesson(batch, predict(model, batch)[0]))
-            if sum(lesson.inputs.nbytes for lesson in lessons) > _BYTES:
+            if sum(lesson.inputs.nbytes for lesson in lessons) > LESSON_BYTES:
                 break
     return lessons
 
 
 @torch.no_grad()
-def head_of(model: Any) -> Head:
+def _head_of(model: Any) -> Head:
     """A copy of the model's lm_head, in float32 where `float32_weights` has room for it."""
     with float32_weights(model):
         head = model.get_output_embeddings()

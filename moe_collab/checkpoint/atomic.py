@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,9 @@ __all__ = [
     "REJECTED",
     "Rejected",
     "check_output_directory",
+    "remedy_for",
     "replace_directory",
+    "replace_file",
     "replace_text",
     "was_cut_off",
 ]
@@ -51,11 +53,28 @@ class Rejected(MoeCollabError):
 
 def replace_text(path: str | Path, text: str) -> None:
     """Write `text` beside `path`, then rename."""
-    path = Path(path)
+    replace_file(Path(path), lambda partial: partial.write_text(text))
+
+
+def replace_file(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
+    """Let `write` make a file beside `path`, then rename it; if `durable`, a power failure does not undo that."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same at once
+    write(partial)
+    if durable:
+        _sync(partial)
     os.replace(partial, path)
+    if durable:
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_output_directory(directory: str | Path) -> None:
@@ -153,7 +172,9 @@ def _move_out(target: Path) -> None:
 
 def _failed_moves(target: Path, failure: NotMoved) -> MoeCollabError:
     cause = failure.__cause__ or failure
-    return MoeCollabError(f"{target}: {_remedy(cause) or 'the finished files could not move in'}. ({cause})\n{failure}")
+    return MoeCollabError(
+        f"{target}: {remedy_for(cause) or 'the finished files could not move in'}. ({cause})\n{failure}"
+    )
 
 
 @contextmanager
@@ -164,14 +185,14 @@ def _in_words(target: Path) -> Iterator[None]:
     except MoeCollabError:
         raise
     except Exception as error:
-        remedy = _remedy(error)
+        remedy = remedy_for(error)
         if remedy is None and not isinstance(error, OSError):
             raise
         remedy = remedy or "the file system refused. Free the cause, or name another directory"
         raise MoeCollabError(f"{target}: nothing was saved: {remedy}. ({error})") from error
 
 
-def _remedy(error: BaseException) -> str | None:
+def remedy_for(error: BaseException) -> str | None:
     """What is wrong and what to do, None if no file system says so. safetensors tells the number in its text only."""
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", str(error))):

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -20,7 +19,7 @@ from ..moe_model import MoELayer, MoEModel, describe
 from ..pruning import check_masks, scaled_top_k, wanted_num_experts, whole_groups
 from ..pruning.surgery import activating, set_top_k
 from .expert_pruning import ExpertPruningModifier
-from .glue.calibration import calibration_of
+from .glue.calibration import calibrating, calibration_of, check_calibration
 from .glue.channel_scales import (
     Rescaling,
     norm_and_readers,
@@ -29,7 +28,6 @@ from .glue.channel_scales import (
     rescale_up_down,
 )
 from .glue.compat import keep_attention_causal
-from .glue.data import check_data
 from .glue.recipe import check_layer_patterns, check_unquantized, modifiers_of_this_pass, rounds_to_nearest
 from .glue.saving import install_save
 from .glue.starved import repair_starved
@@ -64,6 +62,8 @@ class ActivationSmoothModifier(Modifier):
     :param norm_strength: the same smoothing, from the norm before the MoE block to its router and to gate_proj and
         up_proj of routed and shared experts. Leave it out for none.
     :param ignore: regexes of MoE layer names not to smooth.
+    :param work: directory in which the run keeps what it has finished, so that it can be killed and started again;
+        named by one modifier, or by `moe_collab.oneshot(work=...)`, for all.
     """
 
     requires_calibration_data: bool = False
@@ -75,6 +75,7 @@ class ActivationSmoothModifier(Modifier):
     strength: float | None = Field(None, ge=0, le=1)
     norm_strength: float | None = Field(None, ge=0, le=1)
     ignore: list[str] = Field(default_factory=list)
+    work: str | None = None
 
     _original: tuple[int, int] = PrivateAttr((0, 0))
 
@@ -97,7 +98,7 @@ class ActivationSmoothModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the recipe against the model, and remember it as it was before pruning, which `scale` refers to."""
         check_unquantized(state.model, "ActivationSmoothModifier")
-        check_data(state, "ActivationSmoothModifier")
+        check_calibration(state, self)
         moe = describe(state.model)
         self._original = (_live_experts(moe), moe.top_k)
         self._check_family(moe)
@@ -179,10 +180,9 @@ class ActivationSmoothModifier(Modifier):
         smoothed = self._smoothed(model)
         if not candidates and not smoothed:
             return
-        calibration = calibration_of(state, moe)
-        with eval_context(model):
-            stream = calibration.stream(calibration.everything)
-            matches, peaks = matches_and_peaks(stream, candidates if self.compensate else [])
+        calibration = calibration_of(state, self, moe)
+        with calibrating(state):
+            matches, peaks = matches_and_peaks(calibration, candidates if self.compensate else [])
             factors: dict[int, dict[str, float]] = {
                 top_k: {
                     layer.name: matches[top_k][layer.name].factor if self.compensate else 1.0 for layer in moe.layers

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -32,9 +31,8 @@ from ..pruning import (
 )
 from ..pruning.surgery import keep_experts, mask_experts
 from ..statistics import ExpertStatistics, SavedStatistics
-from .glue.calibration import calibration_of
+from .glue.calibration import calibrating, calibration_of, check_calibration
 from .glue.compat import keep_attention_causal
-from .glue.data import check_data
 from .glue.domains import token_domains
 from .glue.outline import model_fingerprint
 from .glue.recipe import check_layer_patterns, check_unquantized, rounds_to_nearest
@@ -65,6 +63,8 @@ class ExpertPruningModifier(Modifier):
         they are measured and written there.
     :param ignore: regexes of MoE layer names to leave alone; only with `masked`, because a config has one expert count
         for all layers.
+    :param work: directory in which the run keeps what it has finished, so that it can be killed and started again;
+        named by one modifier, or by `moe_collab.oneshot(work=...)`, for all.
     """
 
     requires_calibration_data: bool = False
@@ -79,6 +79,7 @@ class ExpertPruningModifier(Modifier):
     protect_super_experts: bool = False
     statistics: str | None = None
     ignore: list[str] = Field(default_factory=list)
+    work: str | None = None
 
     _moe: MoEModel | None = PrivateAttr(None)
     _num_kept: int = PrivateAttr(0)
@@ -106,7 +107,7 @@ class ExpertPruningModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check the recipe against the model before any data is read."""
         check_unquantized(state.model, "ExpertPruningModifier")
-        check_data(state, "ExpertPruningModifier")
+        check_calibration(state, self)
         self._moe = moe = describe(state.model, self.ignore)
         call_experts_alike(moe)
         check_layer_patterns(state.model, "ExpertPruningModifier.ignore", self.ignore)
@@ -184,10 +185,9 @@ class ExpertPruningModifier(Modifier):
         assert self._moe is not None and state.model is not None
         names, domains = token_domains(state)
         self._check_domains(names)
-        calibration = calibration_of(state)
-        with eval_context(state.model):
-            stream = calibration.stream(calibration.everything)
-            seen = expert_statistics(stream, self._moe.layers, domains, len(names))
+        calibration = calibration_of(state, self)
+        with calibrating(state):
+            seen = expert_statistics(calibration, self._moe.layers, domains, len(names))
         calibration.close()
         for name, statistics in seen.items():
             statistics.check(name)

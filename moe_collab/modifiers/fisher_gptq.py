@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, disable_quantization
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
-from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from ..calibration import Calibration, RoundedModel
+from ..calibration import Calibration, RoundedModel, Workspace
 from ..calibration.at_hand import compute_device
-from ..calibration.teacher import Lessons, teach
-from ..calibration.tuning import tune_grids
+from ..calibration.block_lessons import BlockLessons
+from ..calibration.block_tuning import tune_blocks
+from ..calibration.teacher import Lessons
+from ..calibration.tuning import TUNING_COPIES, tune_grids
 from ..errors import MoeCollabError
 from ..formats import Scheme
 from ..moe_model import describe
-from ..rounding import Grid, Rounder
-from .glue.calibration import calibration_of
-from .glue.data import calibration_batches, check_data
+from ..rounding import Rounder
+from .glue.calibration import calibrating, calibration_of, check_calibration, workspace_of
+from .glue.lessons import goes_by_blocks, lessons_of
 from .glue.packed_weights import write_rounded
-from .glue.recipe import check_unquantized, is_on_disk
+from .glue.recipe import check_unquantized
 from .glue.saving import install_save
 from .glue.weighed_inputs import call_experts_alike
 
@@ -40,36 +42,41 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     descent, and an expert's down_proj is refitted to make up for its rounded gate_proj and up_proj.
 
     :param tuning_steps: steps of Adam after the rounding, which bring the predictions closer to the original model's by
-        changing scales and codes; a few hundred steps help most at 2 to 3 bits. Their result is kept only if KL on
-        held-out calibration tokens falls.
+        changing scales and codes; a few hundred steps help most at 2 to 3 bits. All learn together, end to end, if that
+        fits in memory (the log says what it takes), else block by block, towards the original model's blocks. Their
+        result is kept only if KL on held-out calibration tokens falls.
+    :param work: directory in which the run keeps what it has finished, so that it can be killed and started again;
+        named by one modifier, or by `moe_collab.oneshot(work=...)`, for all.
     """
 
     requires_calibration_data: bool = False
     """False because this modifier makes its passes over the data itself, backward passes included."""
 
     tuning_steps: int = Field(0, ge=0)
+    work: str | None = None
 
-    _lessons: Lessons | None = PrivateAttr(None)
+    _lessons: Lessons | BlockLessons | None = PrivateAttr(None)
+    _workspace: Workspace | None = PrivateAttr(None)
     _begun: tuple[Calibration, RoundedModel] | None = PrivateAttr(None)
 
     def go_on_with(self, calibration: Calibration, rounded: RoundedModel) -> None:
         """Round by samples that were taken of the model as this modifier will find it, and keep what is rounded."""
         self._begun = calibration, rounded
 
-    def learn_from(self, lessons: Lessons) -> None:
-        """Let tuning aim at the predictions of the model before it was changed, not as this modifier finds it."""
-        self._lessons = lessons
+    def learn_from_present(self, state: State) -> None:
+        """Let tuning aim at the model as it is now, not as this modifier will find it."""
+        if not self.tuning_steps:
+            return
+        self._workspace = workspace = workspace_of(state, self, "lessons")
+        if workspace.results.noted("tuned") is None:  # else an earlier process has tuned
+            blocks = goes_by_blocks(state, workspace, "FisherGPTQModifier", TUNING_COPIES)
+            self._lessons = lessons_of(state, workspace, blocks)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""
         check_unquantized(state.model, "FisherGPTQModifier")
-        check_data(state, "FisherGPTQModifier")
+        check_calibration(state, self)
         call_experts_alike(describe(state.model))
-        if is_on_disk(state.model) and self.tuning_steps:
-            raise MoeCollabError(
-                "FisherGPTQModifier.tuning_steps: the model is offloaded to disk, and tuning end to end needs all "
-                "weights at hand. Leave it out, or load the model without offloading."
-            )
         if self.has_config():
             self.initialize_quantization(state.model)
         _check_schemes(state.model)
@@ -88,34 +95,56 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
                 "FisherGPTQModifier: no module has a scheme. Put MixedBitAllocModifier before it, or give it "
                 "`config_groups` or `scheme`."
             )
-        calibration, rounded = self._begun or _begin(state)
-        with eval_context(model):
+        calibration, rounded = self._begun or self._begin(state, schemes)
+        with calibrating(state):
             names = rounded.round(schemes)
-            lessons = self._lessons or (teach(model, calibration_batches(state)) if self.tuning_steps else None)
-            if lessons:
-                for name, grid in self._tuned(
-                    model, {name: rounded[name].grid(compute_device()) for name in names}, lessons
-                ).items():
-                    rounded.replace(name, grid)
+            if self._workspace is None:
+                self.learn_from_present(state)
+            if self._workspace is not None:
+                self._tune(calibration, rounded, names, self._workspace)
         for name in names:
             write_rounded(model.get_submodule(name), rounded[name])
         calibration.close()
         self.end_calibration(model)
         for name in names:  # what `ignore` names was rounded too, if MixedBitAllocModifier gave it a scheme
             model.get_submodule(name).quantization_status = QuantizationStatus.FROZEN
-        self._lessons = self._begun = None
+        self._lessons = self._begun = self._workspace = None
         logger.info("FisherGPTQModifier: rounded {} tensors", len(names))
 
-    def _tuned(self, model: Any, grids: dict[str, Grid], lessons: Lessons) -> dict[str, Grid]:
-        tuned = tune_grids(model, grids, lessons, self.tuning_steps, model.dtype)
+    def _begin(self, state: State, schemes: Mapping[str, Scheme]) -> tuple[Calibration, RoundedModel]:
+        calibration = calibration_of(state, self)
+        sizes = ((calibration.model.get_submodule(name), scheme.num_bits) for name, scheme in schemes.items())
+        calibration.later = int(sum(linear.in_features * linear.out_features * bits / 8 for linear, bits in sizes))
+        return calibration, RoundedModel(calibration, Rounder(scale_dtype=calibration.model.dtype))
+
+    def _tune(self, calibration: Calibration, rounded: RoundedModel, names: list[str], workspace: Workspace) -> None:
+        """Tune the modules `names` of `rounded`, unless an earlier process has."""
+        if self._lessons is not None:
+            workspace.results.note("tuned", self._tuned(calibration, rounded, names, self._lessons))
+        before, after = workspace.results.noted("tuned")
+        if after < before:
+            rounded.take_replaced(names)
+        workspace.close()
         logger.info(
             "FisherGPTQModifier: {} steps of tuning brought KL on held-out tokens from {:.4f} to {:.4f}{}",
             self.tuning_steps,
-            tuned.before,
-            tuned.after,
-            "" if tuned.after < tuned.before else "; nothing is changed",
+            before,
+            after,
+            "" if after < before else "; nothing is changed",
         )
-        return tuned.grids
+
+    def _tuned(
+        self, calibration: Calibration, rounded: RoundedModel, names: list[str], lessons: Lessons | BlockLessons
+    ) -> tuple[float, float]:
+        """KL on held-out tokens before and after tuning, nats each; if it has fallen, the modules are replaced."""
+        model, moe, steps = calibration.model, calibration.moe, self.tuning_steps
+        if isinstance(lessons, BlockLessons):
+            return tune_blocks(model, moe, lessons, rounded, names, steps)
+        grids = {name: rounded[name].grid(compute_device()) for name in names}
+        tuned, before, after = tune_grids(model, grids, lessons, steps, model.dtype)
+        for name, grid in tuned.items():
+            rounded.replace(name, grid)
+        return before, after
 
 
 def _has_scheme(module: nn.Module) -> bool:
@@ -146,8 +175,3 @@ def _scheme_of(module: nn.Module) -> Scheme:
     described: QuantizationScheme = module.quantization_scheme
     weights = described.weights
     return Scheme.described(weights.num_bits, weights.group_size, weights.symmetric, described.format)
-
-
-def _begin(state: State) -> tuple[Calibration, RoundedModel]:
-    calibration = calibration_of(state)
-    return calibration, RoundedModel(calibration, Rounder(scale_dtype=calibration.model.dtype))

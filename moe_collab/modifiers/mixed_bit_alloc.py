@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
@@ -16,9 +15,8 @@ from ..allocation import AllocationRequest, CostTable, Planner, compression_plan
 from ..allocation.memory import weights_budget
 from ..allocation.notices import report_decision
 from ..allocation.request import FLOORS, IGNORED, SUPPORTED_BITS
-from ..calibration import RoundedModel
+from ..calibration import Calibration, RoundedModel
 from ..calibration.measurements import LiveMeasurements
-from ..calibration.teacher import teach
 from ..coverage import warn_of_seldom_reached
 from ..distributed import agreed, is_source_process
 from ..errors import MoeCollabError
@@ -28,9 +26,8 @@ from ..plan import CompressionPlan, description_digest
 from ..rounding import Rounder
 from .expert_pruning import ExpertPruningModifier
 from .fisher_gptq import FisherGPTQModifier
-from .glue.calibration import calibration_of
+from .glue.calibration import calibrating, calibration_of, check_calibration
 from .glue.compat import keep_attention_causal
-from .glue.data import calibration_batches, check_data
 from .glue.execution import apply_plan
 from .glue.outline import model_fingerprint, outline_of
 from .glue.quantizers import check_followers, check_own_pass, check_rounded
@@ -80,6 +77,8 @@ class MixedBitAllocModifier(Modifier):
     :param plan: JSON file of the decision; written if it does not exist, reused if it does.
     :param costs: JSON file of the measured costs, for other budgets; written if it does not exist, reused if it does.
     :param ignore: modules that keep their precision: names, or regexes that begin with `re:`.
+    :param work: directory in which the run keeps what it has finished, so that it can be killed and started again;
+        named by one modifier, or by `moe_collab.oneshot(work=...)`, for all.
     """
 
     requires_calibration_data: bool = False
@@ -102,6 +101,7 @@ class MixedBitAllocModifier(Modifier):
     plan: str | None = None
     costs: str | None = None
     ignore: list[str] = Field(default_factory=lambda: list(IGNORED))
+    work: str | None = None
 
     _moe: MoEModel | None = PrivateAttr(None)
     _planner: Planner | None = PrivateAttr(None)
@@ -194,7 +194,7 @@ class MixedBitAllocModifier(Modifier):
         """Check the recipe against the model before any data is read."""
         model: Any = state.model
         check_unquantized(model, "MixedBitAllocModifier")
-        check_data(state, "MixedBitAllocModifier")
+        check_calibration(state, self)
         followers = quantizers_after(self)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
         following = modifier_after(self)
@@ -230,7 +230,7 @@ class MixedBitAllocModifier(Modifier):
         self._check_budget(self._planner)
 
     def _recipe_digest(self) -> str:
-        mine = type(self).model_fields.keys() - Modifier.model_fields.keys() - {"plan", "costs"}
+        mine = type(self).model_fields.keys() - Modifier.model_fields.keys() - {"plan", "costs", "work"}
         return description_digest(self.model_dump(include=mine))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -238,42 +238,37 @@ class MixedBitAllocModifier(Modifier):
         self.remove_hooks()
         assert self._moe is not None
         model: Any = state.model
-        plan = self._reused or agreed(self._decide(state))
+        calibration = calibration_of(state, self, self._moe)
+        calibration.later = self._planner.request.budget or 0 if self._planner is not None else 0
+        # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.
+        faithful = bool(self._fisher)
+        rounded = RoundedModel(calibration, Rounder(faithful, faithful, model.dtype))
+        plan = self._reused or agreed(self._decide(state, calibration, rounded))
+        if self._direct is not None and not any(plan.dropped.values()):
+            self._direct.go_on_with(calibration, rounded)
+        else:
+            calibration.close()
         if self.plan and not self._reused and is_source_process():
             plan.save(self.plan)
         if any(plan.dropped.values()):
             self._let_quantizers_see(state)
         apply_plan(model, self._moe, plan)
 
-    def _decide(self, state: State) -> CompressionPlan:
+    def _decide(self, state: State, calibration: Calibration, rounded: RoundedModel) -> CompressionPlan:
         assert self._moe is not None and self._planner is not None
         model: Any = state.model
         planner, fingerprint = self._planner, model_fingerprint(model)
-        # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.
-        faithful = bool(self._fisher)
-        calibration = calibration_of(state, self._moe)
-        rounded = RoundedModel(calibration, Rounder(faithful, faithful, model.dtype))
-        with eval_context(model):
+        with calibrating(state):
             found = decide(planner, LiveMeasurements(calibration, planner, rounded, fingerprint, self.costs))
-        if self._direct is not None and not any(found.decision.dropped.values()):
-            self._direct.go_on_with(calibration, rounded)
-        else:
-            calibration.close()
         plan = compression_plan(planner, found, fingerprint, self._recipe_digest())
         warn_of_seldom_reached(plan.routed_tokens)
         report_decision(plan)
         return plan
 
     def _let_quantizers_see(self, state: State) -> None:
-        """Let `FisherGPTQModifier` tune towards the predictions of the model before experts are dropped."""
-        model: Any = state.model
-        tuned = [quantizer for quantizer in self._fisher if quantizer.tuning_steps]
-        if tuned:
-            batches = calibration_batches(state)
-            with eval_context(model):
-                lessons = teach(model, batches)
-            for quantizer in tuned:
-                quantizer.learn_from(lessons)
+        """Let `FisherGPTQModifier` tune towards the model before experts are dropped."""
+        for quantizer in self._fisher:
+            quantizer.learn_from_present(state)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Round to nearest what GPTQ could not: experts that no calibration token was routed to."""

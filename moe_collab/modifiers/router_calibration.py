@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,20 +12,24 @@ from compressed_tensors.quantization import disable_quantization, enable_quantiz
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
-from llmcompressor.utils.helpers import eval_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 from torch import nn
 
-from ..calibration import float32_weights, held_out
-from ..calibration.learning import BlockOutputs, learn_blocks, learn_predictions
+from ..calibration import Workspace, float32_weights, held_out
+from ..calibration.block_lessons import BlockLessons
+from ..calibration.fit import one_block
+from ..calibration.learning import LEARNING_COPIES, learn_blocks, learn_predictions, take_values, values_of
+from ..calibration.results import Results
 from ..calibration.small_tensors import Factors, SmallTensor, Whole, as_stored
-from ..calibration.teacher import Lessons, head_of, kl_of, recite, teach, texts
+from ..calibration.teacher import Lessons, kl_of
 from ..distributed import agreed, store
 from ..errors import MoeCollabError
 from ..moe_model import MoEModel, describe
-from .glue.data import calibration_batches, check_data
-from .glue.recipe import check_unquantized, is_on_disk, quantizers_before
+from .glue.calibration import calibrating, check_calibration, workspace_of
+from .glue.data import calibration_batches
+from .glue.lessons import goes_by_blocks, lessons_of
+from .glue.recipe import check_unquantized, quantizers_before
 from .glue.saving import install_save
 from .glue.schemes import codes_of, is_rounded
 from .glue.starved import counted_tokens, keep_starved, repair_starved
@@ -53,10 +56,12 @@ class RouterCalibrationModifier(Modifier):
         experts' matrices, multiplied into their weights, or into the scales of a quantized one; `scales` of quantized
         Linears, one factor per scale, which takes the place of gains there.
     :param objective: `predictions`: KL of the model's predictions, end to end; `blocks`: error of each block's output,
-        one block after the other, for models that do not fit in memory; `auto`: `blocks` if the model is offloaded to
-        disk, else `predictions`.
+        weighted with the Fisher information, one block after the other, one in memory; `auto`: `predictions` if that
+        fits in memory, else `blocks`. The log says which, what `predictions` takes, and what is free.
     :param steps: steps of Adam, on 16 sequences each; before them, each of three learning rates is tried for a quarter
         as many.
+    :param work: directory in which the run keeps what it has finished, so that it can be killed and started again;
+        named by one modifier, or by `moe_collab.oneshot(work=...)`, for all.
     """
 
     requires_calibration_data: bool = False
@@ -65,10 +70,10 @@ class RouterCalibrationModifier(Modifier):
     targets: list[Target] = Field(default_factory=lambda: list(_PACES), min_length=1)
     objective: Literal["auto", "predictions", "blocks"] = "auto"
     steps: int = Field(200, ge=1)
+    work: str | None = None
 
-    _lessons: Lessons | None = PrivateAttr(None)
-    _outputs: BlockOutputs | None = PrivateAttr(None)
-    _folder: TemporaryDirectory | None = PrivateAttr(None)
+    _lessons: Lessons | BlockLessons | None = PrivateAttr(None)
+    _workspace: Workspace | None = PrivateAttr(None)
 
     @field_validator("targets")
     @classmethod
@@ -79,13 +84,8 @@ class RouterCalibrationModifier(Modifier):
         """Check the recipe, and record what the original model predicts before anything changes it."""
         model: Any = state.model
         check_unquantized(model, "RouterCalibrationModifier", schemes=True)
-        check_data(state, "RouterCalibrationModifier")
+        check_calibration(state, self)
         moe = describe(model)
-        if is_on_disk(model) and self.objective == "predictions":
-            raise MoeCollabError(
-                "RouterCalibrationModifier.objective: the model is offloaded to disk, and the backward pass of "
-                "`predictions` needs all weights at hand. Use `blocks`, or load it without offloading."
-            )
         batches = calibration_batches(state)
         if len(batches) < 2:
             raise MoeCollabError(
@@ -93,52 +93,38 @@ class RouterCalibrationModifier(Modifier):
             )
         call_experts_alike(moe)
         install_save(model)
-        with eval_context(model), _quantization_off(model):
-            self._learn_original(model, moe, batches)
+        self._workspace = workspace = workspace_of(state, self, "lessons")
+        blocks = goes_by_blocks(state, workspace, "RouterCalibrationModifier", LEARNING_COPIES, self.objective)
+        if blocks:
+            fit = one_block(model, moe, batches, LEARNING_COPIES)
+            logger.log("INFO" if fit.enough else "WARNING", "RouterCalibrationModifier: one block {}", fit)
+        if workspace.results.noted("calibrated") is None:  # else an earlier process has learned
+            with _quantization_off(model), counted_tokens(moe, len(held_out(batches)[0])) as routed_tokens:
+                self._lessons = lessons_of(state, workspace, blocks)
+            if isinstance(self._lessons, BlockLessons):
+                routed_tokens = self._lessons.routed_tokens
+            workspace.results.note("routed", routed_tokens)
+        if quantizers_before(self):  # they may zero experts
+            keep_starved(moe, workspace.results.noted("routed"))
         return True
-
-    def _learn_original(self, model: Any, moe: MoEModel, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Record what the model predicts, and keep the weights of experts that an earlier quantizer may zero."""
-        blocks = is_on_disk(model) or self.objective == "blocks"
-        known, unseen = held_out(batches)
-        own = texts(model, known) if blocks and not is_on_disk(model) else []
-        with counted_tokens(moe, len(known)) as routed_tokens:
-            if blocks:
-                self._folder = TemporaryDirectory(prefix="moe-collab-")
-                self._outputs = BlockOutputs(model, known + own, unseen, Path(self._folder.name))
-                self._lessons = Lessons([], recite(model, unseen), head_of(model))
-            else:
-                self._lessons = teach(model, batches)
-        if quantizers_before(self):
-            keep_starved(moe, routed_tokens)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Tune the small tensors, and store them if that lowers KL on held-out tokens."""
         model: Any = state.model
-        with eval_context(model), _quantization_off(model):
+        assert self._workspace is not None
+        with calibrating(state), _quantization_off(model):
             repair_starved(model, snap=True)
-            self._calibrate(model, describe(model))
-        self._lessons = self._outputs = None
-        if self._folder is not None:
-            self._folder.cleanup()
+            self._calibrate(model, describe(model), self._workspace.results)
+        self._workspace.close()
+        self._workspace = self._lessons = None
 
-    def _calibrate(self, model: Any, moe: MoEModel) -> None:
-        assert self._lessons is not None
-        lessons = self._lessons
-        with torch.no_grad(), float32_weights(model):
-            before = kl_of(model, lessons.head, lessons.unseen)
-        if before < _ALIKE:
-            logger.info("RouterCalibrationModifier: the model predicts what it did before; nothing to do")
-            return
+    def _calibrate(self, model: Any, moe: MoEModel, results: Results) -> None:
         tensors = self._tensors(model, moe)
-        if self._outputs is None:
-            found = learn_predictions(model, list(tensors.values()), lessons, self.steps)
-            logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
-        else:
-            for name, found in learn_blocks(model, tensors, self._outputs, self.steps).items():
-                logger.info("{}: relative error of its output from {:.5f} to {:.5f}", name, found.before, found.after)
-        with torch.no_grad(), float32_weights(model), as_stored(tensors.values()):
-            after = kl_of(model, lessons.head, lessons.unseen)
+        if self._lessons is not None:
+            kl = self._learned(model, moe, tensors, self._lessons)
+            results.put("learned", values_of(tensors))
+            results.note("calibrated", kl)
+        before, after = results.noted("calibrated")
         logger.info(
             "RouterCalibrationModifier: KL on held-out tokens from {:.4f} to {:.4f}{}",
             before,
@@ -146,9 +132,31 @@ class RouterCalibrationModifier(Modifier):
             "" if after < before else "; nothing is changed",
         )
         if agreed(after < before):
+            take_values(tensors, results.kept("learned"))
             for tensor in tensors.values():
                 for name, value in tensor.stored().items():
                     store(tensor.module, name, value)
+
+    def _learned(
+        self, model: Any, moe: MoEModel, tensors: Mapping[str, SmallTensor], lessons: Lessons | BlockLessons
+    ) -> tuple[float, float]:
+        """KL on held-out tokens, nats each, before and after `tensors` have learned."""
+        if isinstance(lessons, BlockLessons):
+            before = lessons.results.number("before", partial(lessons.kl_of, model, moe))
+        else:
+            before = _kl(model, lessons)
+        if before < _ALIKE:
+            logger.info("RouterCalibrationModifier: the model predicts what it did before; nothing to do")
+            return before, before
+        if isinstance(lessons, BlockLessons):
+            learned, after = learn_blocks(model, moe, tensors, lessons, self.steps)
+            for name, found in learned.items():
+                logger.info("{}: error of its output from {:.5f} to {:.5f} nats", name, found.before, found.after)
+            return before, after
+        found = learn_predictions(model, list(tensors.values()), lessons, self.steps)
+        logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
+        with as_stored(tensors.values()):
+            return before, _kl(model, lessons)
 
     def _tensors(self, model: Any, moe: MoEModel) -> dict[str, SmallTensor]:
         """The tensors that learn, by the names of their modules."""
@@ -185,6 +193,13 @@ class Scales(Factors):
         module: Any = self.module
         weight = dequantize(codes, scale, zero_point, module.quantization_scheme.weights)
         return {"weight": weight.to(self._dtype), "weight_scale": scale}
+
+
+@torch.no_grad()
+def _kl(model: Any, lessons: Lessons) -> float:
+    """KL(lessons || model) on held-out tokens, nats each."""
+    with float32_weights(model):
+        return kl_of(model, lessons.head, lessons.unseen)
 
 
 def _is_norm(module: nn.Module) -> bool:

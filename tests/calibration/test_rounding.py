@@ -38,23 +38,24 @@ def rounded(model, batches, schemes, rounder=NEAREST):
 
 
 def test_a_second_trial_rounds_only_what_changed(model, batches, monkeypatch):
-    counts, stock = [], RoundedModel._rounded
+    rounded, stock = [], RoundedModel._keep
 
-    def counted(self, schemes, kept):
-        counts.append(len(schemes))
-        return stock(self, schemes, kept)
+    def counted(self, what, grids, key):
+        rounded.extend(grids)
+        stock(self, what, grids, key)
 
     def trial():
         calibration = Calibration(model, describe(model), batches[:3])
         return Trial(calibration, RoundedModel(calibration, NEAREST))
 
-    monkeypatch.setattr(RoundedModel, "_rounded", counted)
+    monkeypatch.setattr(RoundedModel, "_keep", counted)
     schemes = uniform(model, Scheme(3, 128))
     one = trial()
     first = one.kl(schemes, {})
     changed = schemes | {"model.layers.1.mlp.experts.3.down_proj": Scheme(2, 128)}
+    first_rounded, rounded[:] = sorted(rounded), []
     second = one.kl(changed, {})
-    assert counts == [len(schemes), 3] and 0 < first < second
+    assert first_rounded == sorted(schemes) and len(rounded) == 3 and 0 < first < second
     fresh = trial()
     assert fresh.kl(changed, {}) == second
     assert fresh.kl(schemes, {describe(model).layers[0].name: [2, 7]}) > first

@@ -14,9 +14,11 @@ from moe_collab.calibration.dropping import DropStudy
 from moe_collab.calibration.fisher import FisherPass
 from moe_collab.calibration.head import HeadGradients
 from moe_collab.calibration.micro_batches import MicroBatches
+from moe_collab.calibration.results import Results
 from moe_collab.calibration.routing import choosing_among
 from moe_collab.calibration.samples import Sampler
 from moe_collab.calibration.stream import Stream
+from moe_collab.calibration.workspace import Workspace
 from moe_collab.errors import MoeCollabError
 from moe_collab.moe_model import describe
 
@@ -113,7 +115,7 @@ def test_samples_are_bounded_and_even(model, batches, monkeypatch):
 
 def test_losing_an_expert_costs_more_the_more_of_them_are_gone(model, batches):
     layer = describe(model).layers[0]
-    study = DropStudy(layer, capture(model, batches, [layer]).layers[layer.name], Scratch())
+    study = DropStudy(layer, capture(model, batches, [layer]).layers[layer.name], Results())
     alone, besides = study.costs(), study.costs(dropped=[0, 1, 2, 3])
     assert (alone >= 0).all() and alone.max() > 0
     assert besides[4:].sum() > alone[4:].sum()
@@ -122,7 +124,7 @@ def test_losing_an_expert_costs_more_the_more_of_them_are_gone(model, batches):
 def test_costs_of_losing_an_expert_are_those_of_computing_the_layer_without_it(model, batches):
     layer = describe(model).layers[1]
     seen = capture(model, batches[:1], [layer]).layers[layer.name]
-    costs, gone = DropStudy(layer, seen, Scratch()).costs(), 5
+    costs, gone = DropStudy(layer, seen, Results()).costs(), 5
     with at_hand(layer.block.modules(), CPU), torch.no_grad():
         hidden = seen.hidden.float()
         outputs = []
@@ -144,7 +146,7 @@ def test_files_give_what_memory_gives(model, batches, tmp_path):
     linears = {name: model.get_submodule(name) for name in ("lm_head", "model.layers.1.self_attn.o_proj")}
     found = []
     for folder in (None, tmp_path / "scratch"):
-        calibration = Calibration(model, describe(model), batches, folder)
+        calibration = Calibration(model, describe(model), batches, Workspace(folder))
         layers, of_linears = calibration.samples(linears)
         found.append([t.clone() for s in layers.values() for t in (s.hidden, s.gradient, s.weights)])
         found[-1] += [t.clone() for name in linears for t in (of_linears[name].inputs, of_linears[name].gradient)]
@@ -171,7 +173,7 @@ def test_no_data_is_one_error(model):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_pass(model, batches, tmp_path, monkeypatch):
-    calibration = Calibration(model, describe(model), batches, tmp_path)
+    calibration = Calibration(model, describe(model), batches, Workspace(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(FisherPass, "_room_needed", lambda self: 10**18)
         with pytest.raises(MoeCollabError, match=r"3072 tokens needs up to 1000000000\.0 GB of scratch files, but"):

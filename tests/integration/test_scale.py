@@ -8,8 +8,9 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from transformers import AutoModelForCausalLM
 
-from integration.benchmarks import scale, shapes
+from integration.benchmarks import scale, scale_report, shapes, ways
 from integration.benchmarks.peak import Measured, run_measured
+from integration.benchmarks.scale_jobs import digest, load
 from integration.benchmarks.shapes import DEEPSEEK, OLMOE, SMALL, make_model
 from moe_collab import MoeCollabError
 from moe_collab.checkpoint.load import stock_conversions
@@ -61,7 +62,7 @@ def test_models_are_complete_and_the_same_on_disk_and_in_memory(made, tmp_path):
     with stock_conversions(), torch.no_grad():
         stock, found = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
         assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        streamed = scale.load(path, tmp_path / "offload")
+        streamed = load(path, tmp_path / "offload")
         with disable_onloading():
             assert {weight.device.type for weight in streamed.parameters()} == {"meta"}
         expected, logits = stock(ids).logits.float(), streamed(ids).logits.float()
@@ -72,7 +73,7 @@ def test_models_are_complete_and_the_same_on_disk_and_in_memory(made, tmp_path):
 
 def test_every_expert_is_used_but_not_evenly(made):
     with stock_conversions(), torch.no_grad():
-        model = scale.load(made[1], None)
+        model = load(made[1], None)
         moe, chosen = describe(model), []
         indices = moe.family.router_output.index("indices")
         for layer in moe.layers:
@@ -86,7 +87,7 @@ def test_every_expert_is_used_but_not_evenly(made):
 
 def test_weights_are_heavy_tailed_and_follow_from_the_seed(tmp_path):
     paths = [make_model(SHAPES["olmoe"], tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1))]
-    same, again, other = [scale.digest(path.glob("*.safetensors")) for path in paths]
+    same, again, other = [digest(path.glob("*.safetensors")) for path in paths]
     assert same == again != other
     with stock_conversions():
         model = AutoModelForCausalLM.from_pretrained(paths[0], dtype=torch.float32)
@@ -105,6 +106,7 @@ def test_the_meter_knows_a_known_allocation(tmp_path):
     assert mapped.mapped - held.mapped == pytest.approx(128 << 20, rel=0.1)
     assert mapped.memory - before.memory < 32 << 20 and found.result == 32768
     assert sum(stage.seconds for stage in found.stages.values()) == pytest.approx(found.seconds, rel=0.1)
+    assert 0 < sum(stage.cpu for stage in found.stages.values()) < found.seconds / 2  # it sleeps 1.2 s
 
 
 def test_the_meter_can_watch_its_own_process(tmp_path):
@@ -132,7 +134,37 @@ def test_a_row_is_measured_once_and_its_model_deleted(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "scale").iterdir()] == ["tiny-disk.log"]
     monkeypatch.setattr(scale, "make_model", None)
     scale.ScaleBench(tmp_path, cases=cases).add("tiny")
-    assert "| tiny | olmoe, 3 layers" in scale.table(json.loads((tmp_path / "scale.json").read_text()))
+    assert "| tiny | olmoe, 3 layers" in scale_report.table(json.loads((tmp_path / "scale.json").read_text()))
+
+
+def test_a_sample_of_experts_stands_for_all(tmp_path):
+    shape = SHAPES["deepseek"].resized(moe_intermediate_size=128)
+    cases = {"tiny": scale.Case(shape, scale.SAMPLED, 512, sample=3)}
+    scale.ScaleBench(tmp_path, cases=cases).add("tiny")
+    (row,) = json.loads((tmp_path / "scale.json").read_text())
+    sampled = row["sampled"]
+    assert sampled["experts"] == 32 and "bytes" not in row
+    for name, experts in {"statistics": 32, "samples": 32, "costs": 3, "rounding": 3}.items():
+        stage, taken = sampled["stages"][name], row["stages"][name]
+        assert stage["experts"] == experts and 0 < taken["memory"] <= row["peak"]
+        assert stage["seconds_per_expert"] == pytest.approx(taken["seconds"] / experts)
+        assert stage["predicted_seconds"] == pytest.approx(stage["seconds_per_expert"] * 32)
+        assert stage["cpu_seconds_per_expert"] == pytest.approx(taken["cpu"] / experts)
+    weights = 32 * 3 * 128 * 128
+    assert sampled["stages"]["costs"]["predicted_read_bytes"] >= 2 * weights  # in bfloat16, each at least once
+    assert row["model_bytes"] - sampled["predicted_checkpoint_bytes"] == pytest.approx(2 * weights * 7 / 8, rel=0.02)
+    assert [path.name for path in (tmp_path / "scale").iterdir()] == ["tiny-disk.log"]
+    printed = scale_report.table([row])
+    assert "| tiny | rounding | 3 of 32 |" in printed and "would take 0.0 h" in printed
+
+
+def test_experts_are_sampled_before_a_recipe_runs(tmp_path):
+    cases = {"tiny": scale.Case(SHAPES["small"], "prune", 512, sample=2)}
+    scale.ScaleBench(tmp_path, cases=cases).add("tiny")
+    (row,) = json.loads((tmp_path / "scale.json").read_text())
+    order = ["load", "statistics", "samples", "costs", "rounding", "prepare", "ExpertPruningModifier", "save"]
+    assert [name for name in row["stages"] if name in order] == order
+    assert row["bytes"] < row["model_bytes"] and row["sampled"]["experts"] == 24
 
 
 def test_a_row_that_fails_is_not_kept_and_its_model_is_deleted(tmp_path):
@@ -142,17 +174,31 @@ def test_a_row_that_fails_is_not_kept_and_its_model_is_deleted(tmp_path):
     assert not bench.rows.rows and [path.name for path in (tmp_path / "scale").iterdir()] == ["tiny-disk.log"]
 
 
-def test_checkpoints_from_memory_and_disk_are_compared(tmp_path, monkeypatch):
-    found = {"memory": "a", "disk": "b"}
-    monkeypatch.setattr(
-        scale.ScaleBench, "_run", lambda _, __, job: Measured(1, {}, {"digests": {"plan": found[job["way"]]}})
-    )
+def test_checkpoints_of_all_ways_are_compared(tmp_path, monkeypatch):
+    found = dict.fromkeys(ways.WAYS, "a") | {"torchrun": "b"}
+
+    def run_way(way, *_args):
+        return [Measured(1, {}, {"digests": {"plan": found[way]}, "steps": 9})]
+
+    monkeypatch.setattr(scale, "run_way", run_way)
     bench = scale.ScaleBench(tmp_path)
     bench.add("equal-qwen3_moe")
-    found["disk"] = "a"
+    found["torchrun"] = "a"
     bench.add("equal-deepseek_v3")
     assert [row["equal"] for row in bench.rows.rows] == [False, True]
-    assert "equal-qwen3_moe: plan and bytes DIFFER" in scale.table(bench.rows.rows)
+    assert "equal-qwen3_moe: plan and bytes DIFFER" in scale_report.table(bench.rows.rows)
+
+
+def test_a_job_is_killed_and_goes_on(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "KILLS", 2)
+    shape, path = made
+    if shape is not SHAPES["olmoe"]:
+        pytest.skip("one model will do: each start loads everything anew")
+    job = {"source": str(path), "recipe": "prune", "tokens": 2048}
+    whole, last = ways.run_way("killed", job, tmp_path / "killed", tmp_path / "log")
+    (torchrun,) = ways.run_way("torchrun", job, tmp_path / "torchrun", tmp_path / "log")
+    assert whole.result["digests"] == last.result["digests"] == torchrun.result["digests"]
+    assert last.result["steps"] < whole.result["steps"]
 
 
 def test_no_model_is_made_that_does_not_fit(tmp_path, monkeypatch):
@@ -165,9 +211,11 @@ def test_no_model_is_made_that_does_not_fit(tmp_path, monkeypatch):
 def test_claims_are_checked():
     rows = [{"row": f"layers-{count}-prune", "peak": peak} for count, peak in ((4, 100), (8, 104), (16, 106))]
     rows += [{"row": f"tokens-{times}x-prune", "peak": peak} for times, peak in ((1, 100), (4, 110), (16, 119))]
+    rows += [{"row": "olmoe-16", "peak": 5_000_000_001}, {"row": "deepseek-layer", "peak": 12_000_000_000}]
     rows += [{"row": "equal-a", "equal": False}, {"row": "equal-b", "equal": True}]
-    problems = scale.broken_claims(rows)
+    problems = scale_report.broken_claims(rows)
     assert problems == [
         "equal-a: checkpoints differ",
+        "olmoe-16: peak of 5,000,000,001 bytes, more than 5,000,000,000",
         "layers, prune: peaks from 100 to 106 bytes, not within 5%",
     ]

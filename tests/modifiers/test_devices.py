@@ -34,6 +34,8 @@ with tempfile.TemporaryDirectory() as name:
 PRUNE = {"ExpertPruningModifier": {"retention": 0.5}}
 SMOOTH = {"ActivationSmoothModifier": {"num_experts_per_tok": "auto", "max_kl": 10, "strength": 0.5}}
 FISHER = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
+BLOCKS = {"FisherGPTQModifier": {"targets": ["re:.*experts.*_proj$", "re:.*o_proj$"], "scheme": "W4A16"}}
+BLOCKS["FisherGPTQModifier"]["tuning_steps"] = 2
 
 
 def allocation(**fields):
@@ -48,10 +50,13 @@ def allocation(**fields):
         ("deepseek_v3", [allocation(), FISHER]),
         ("qwen3_moe", [allocation(), {"FisherGPTQModifier": {"ignore": ["lm_head"], "tuning_steps": 2}}]),
         ("qwen3_moe", [PRUNE, {"RouterCalibrationModifier": {"steps": 2}}]),
+        ("qwen3_moe", [PRUNE, {"RouterCalibrationModifier": {"steps": 2, "objective": "blocks"}}]),
+        ("qwen3_moe", [BLOCKS]),
     ],
-    ids=["prune-smooth", "allocate-drop", "deepseek", "tune", "calibrate"],
+    ids=["prune-smooth", "allocate-drop", "deepseek", "tune", "calibrate", "calibrate-blocks", "tune-blocks"],
 )
 def test_a_recipe_gives_the_cpus_bytes(family, modifiers):
     layers, experts = (2, {}) if family == "deepseek_v3" else (1, {"num_experts": 4})
+    memory = "from moe_collab.calibration import fit\nfit.free_memory = lambda: 1\n" if modifiers == [BLOCKS] else ""
     head = f"FAMILY, LAYERS, EXPERTS = {family!r}, {layers}, {experts!r}\nMODIFIERS = lambda out: {modifiers!r}\n"
-    run_on_standin(head + SCRIPT)
+    run_on_standin(memory + head + SCRIPT)

@@ -12,7 +12,7 @@ from moe_collab.errors import MoeCollabError
 from moe_collab.evaluation import evaluate, log_probabilities
 from moe_collab.plan import CompressionPlan
 
-from .conftest import load, on_disk, run, samples
+from .conftest import load, run, samples
 
 SCHEME = {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}
 FISHER = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
@@ -62,11 +62,6 @@ def test_experts_without_tokens_are_rounded_and_not_zeroed(tiny, tmp_path):
     run(model, {"FisherGPTQModifier": SCHEME}, output=tmp_path / "out", data=samples(2, 8))
     dense = moe_collab.load(tmp_path / "out").model.layers[0].mlp.experts.down_proj
     assert all(weight.any() for weight in dense)
-
-
-def test_tuning_on_disk_is_refused_before_calibration(tiny, tmp_path):
-    with pytest.raises(MoeCollabError, match="offloaded to disk"):
-        run(on_disk(tiny("qwen3_moe"), tmp_path), {"FisherGPTQModifier": SCHEME | {"tuning_steps": 2}})
 
 
 def test_lm_head_is_rounded_by_what_it_sees(tiny, tmp_path):

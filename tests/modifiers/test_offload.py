@@ -47,6 +47,15 @@ def test_names_and_shapes_are_known_without_reading(family, tiny, tmp_path, byte
     assert sum(bytes_read) <= sum(layer.router.weight.nbytes for layer in moe.layers)
 
 
+def test_no_tensor_that_is_offloaded_later_gets_the_file_of_another(tiny, tmp_path):
+    model = on_disk(tiny("deepseek_v3"), tmp_path)
+    caches = [own for m in model.modules() for own in (m._parameters, m._buffers) if isinstance(own, DiskCache)]
+    offloaded = [tensor for cache in caches for tensor in cache.offloaded_values.values() if tensor is not None]
+    assert any(tensor.dtype == torch.float32 for tensor in offloaded)
+    for tensor in offloaded:  # new files are called by the ids of tensors, which are another's once they are gone
+        assert DiskCache.index[tensor]["safetensors_file"].endswith(f"_{id(tensor)}.safetensors")
+
+
 def test_fixed_matrices_are_measured_there_too(tiny, tmp_path):
     allocate = {"bpw": 4.0, "bits": [2, 4], "group_size": [32, 128], "fixed": {"o_proj$": 4}}
     plans = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import partial, wraps
 from importlib import import_module
@@ -25,7 +27,13 @@ from torch.utils.data import Sampler
 
 from ...errors import MoeCollabError
 
-__all__ = ["keep_attention_causal", "mend_llm_compressor", "output_directory", "survive_missing_torchvision"]
+__all__ = [
+    "keep_attention_causal",
+    "mend_llm_compressor",
+    "output_directory",
+    "survive_missing_torchvision",
+    "when_run_ends",
+]
 
 offload_load = import_module("compressed_tensors.offload.load")
 
@@ -33,6 +41,7 @@ _MARK = "_moe_collab_in_one_piece"
 _MENDED = "_moe_collab_mended"
 _NO_LIMIT = 2**31
 _OUTPUT: ContextVar[str | None] = ContextVar("output_dir", default=None)
+_END: ContextVar[ExitStack | None] = ContextVar("end", default=None)
 
 
 def survive_missing_torchvision() -> None:
@@ -56,7 +65,7 @@ def mend_llm_compressor() -> None:
         (IntermediatesCache, "pin_memory", _pin_only_for_an_accelerator),
         (CustomDataset, "rename_columns", _tokenize_messages),
         (Subgraph, "forward", _let_our_errors_through),
-        (Oneshot, "apply_recipe_modifiers", _remember_output_directory),
+        (Oneshot, "__call__", _remember_run),
         (offload_load, "from_accelerate", _keep_wide_tensors),
     ):
         stock = getattr(owner, name)
@@ -80,13 +89,19 @@ def output_directory() -> str | None:
     return _OUTPUT.get()
 
 
-def _remember_output_directory(stock: Callable, oneshot: Oneshot, *args: Any, **kwargs: Any) -> Any:
-    """Modifiers are not told where the result will go, so they cannot check it before hours are spent."""
-    token = _OUTPUT.set(oneshot.output_dir)
-    try:
+def when_run_ends(do: Callable[[], object]) -> None:
+    """Have `do` called when the oneshot() that is running has saved or failed; outside of one, never."""
+    if (end := _END.get()) is not None:
+        end.callback(do)
+
+
+def _remember_run(stock: Callable, oneshot: Oneshot, *args: Any, **kwargs: Any) -> Any:
+    """Modifiers are not told where the result will go, so they cannot check it before hours are spent, nor when the run
+    is over."""
+    with ExitStack() as end:
+        end.callback(_OUTPUT.reset, _OUTPUT.set(oneshot.output_dir))
+        end.callback(_END.reset, _END.set(end))
         return stock(oneshot, *args, **kwargs)
-    finally:
-        _OUTPUT.reset(token)
 
 
 def _keep_wide_tensors(stock: Callable, model: Any) -> Any:
@@ -100,8 +115,11 @@ def _keep_wide_tensors(stock: Callable, model: Any) -> Any:
                 wide = [own for own in cache.offloaded_values if any(part in f"{name}.{own}" for part in patterns)]
                 for own in wide:
                     entry = cache.index.pop(cache.offloaded_values[own])
-                    cache.offloaded_values[own] = cache.offloaded_values[own].float()
-                    cache.index[cache.offloaded_values[own]] = entry | {"dtype": "float32"}
+                    offloaded = cache.offloaded_values[own] = cache.offloaded_values[own].float()
+                    # Files are called by ids, of which the old tensor's may be another's from now on.
+                    file = cache._get_ct_file_path(str(cache.offload_dir), offloaded)
+                    os.replace(entry["safetensors_file"], file)
+                    cache.index[offloaded] = entry | {"dtype": "float32", "safetensors_file": file}
     return found
 
 

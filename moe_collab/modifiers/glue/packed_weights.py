@@ -6,7 +6,6 @@ one. In memory the dense values take the place of the original ones.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ __all__ = ["PackedCache", "write_rounded"]
 class PackedCache(OffloadCache):
     """The parameters of a rounded module on disk. All but `weight` are where `inner`, whose place it takes, has them.
 
-    `weight` is made of packed codes and of the scales and zero points that the module has at the time. Another weight
-    that is written to it is kept dense from then on.
+    `weight` is made of packed codes, which stay where they were written when the module was rounded, and of the scales
+    and zero points that it has at the time. Another weight that is written to it is kept dense from then on.
     """
 
     def __init__(self, inner: DiskCache, rounded: PackedGrid) -> None:
         self._inner, self._scheme, self._shape = inner, rounded.scheme, rounded.shape
-        self._words = inner.offload(rounded.words)
+        self._words = rounded.words
         weight = inner.offloaded_values["weight"]
         empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         self._weight = nn.Parameter(empty, requires_grad=False)
@@ -53,8 +52,10 @@ class PackedCache(OffloadCache):
         if offloaded is not self._weight:
             return self._inner.onload(offloaded)
         zeros = None if self._scheme.symmetric else self["weight_zero_point"]
-        rounded = PackedGrid(self._scheme, self._shape, self._inner.onload(self._words), self["weight_scale"], zeros)
-        return nn.Parameter(rounded.values().to(self.onload_device, self._weight.dtype), requires_grad=False)
+        rounded = PackedGrid(self._scheme, self._shape, self._words, self["weight_scale"], zeros)
+        return nn.Parameter(
+            rounded.values(torch.device(self.onload_device)).to(self._weight.dtype), requires_grad=False
+        )
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """As `OffloadCache.offload`."""
@@ -67,7 +68,6 @@ class PackedCache(OffloadCache):
             return
         dense = nn.Parameter(data.detach().to(self._weight.dtype), requires_grad=False)
         self.offloaded_values["weight"] = self._inner.offload(dense)
-        os.remove(self._inner.index.pop(self._words)["safetensors_file"])
 
 
 @torch.no_grad()

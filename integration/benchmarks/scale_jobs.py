@@ -1,0 +1,130 @@
+"""What one row of the benchmark of scale measures, in a process of its own: a model compressed from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+from llmcompressor.utils import load_context
+from loguru import logger
+from torch import distributed
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from moe_collab import oneshot
+from moe_collab.distributed import is_source_process
+from moe_collab.modifiers.glue.compat import keep_attention_causal
+
+from ..compress import calibration, checkpoint_size, recipe
+from ..served import assert_equal, generate, generate_with_transformers
+from .peak import DiskReads, announce, report
+from .sampled import measure_sampled
+from .ways import die_after
+
+__all__ = ["SAMPLED", "digest", "load", "run_job"]
+
+LENGTH, BATCH = 128, 8
+"""Of calibration sequences."""
+SAMPLED = "sampled"
+"""The recipe that changes nothing: all that is measured is a sample of the experts."""
+
+
+def run_job(job: dict[str, Any], folder: Path) -> None:
+    """Compress the model `job["source"]`, and report what came of it; all files go to `folder`."""
+    logger.remove()
+    logger.add(sys.stdout, level="INFO", filter=lambda record: record["level"].name != "METRIC")
+    source, work = Path(job["source"]), folder / job["way"]
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    data = random_tokens(vocabulary, job["tokens"]) if "tokens" in job else calibration(job["rows"], model=source)
+    reads = DiskReads()
+    reads.install()
+    steps_done = die_after(job.get("die_after"))
+    announce("load")
+    if job["way"] == "torchrun":
+        distributed.init_process_group("gloo")
+        data = own_share(data)
+    model = load(source, work / "offload" if job["way"] == "disk" else None, job.get("attention", "sdpa"))
+    result: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if job.get("sample"):
+        result["sampled"] = measure_sampled(model, data, job["sample"], work / "scratch", reads)
+    if job["recipe"] != SAMPLED:
+        result |= _compress(model, job, data, work)
+    result["reads"] = reads.by_system()
+    if "serve" in job:
+        del model
+        announce("serve")
+        checkpoint = work / "checkpoint"
+        assert_equal(generate(checkpoint, {}, python=job["serve"]), generate_with_transformers(checkpoint))
+        result["served"] = True
+    if is_source_process():
+        report(result | {"steps": steps_done()})
+
+
+def _compress(model: Any, job: dict[str, Any], data: DataLoader, work: Path) -> dict[str, Any]:
+    """Run the recipe and save to `work`; the size and the digests of what was written."""
+    announce("prepare")
+    # What a run that is started again finds: its `work` directory, and the files that its recipe names.
+    checkpoint, files = work / "checkpoint", Path(f"{job['work']}-files") if "work" in job else work
+    oneshot(
+        model=model,
+        recipe=steps(job["recipe"], files),
+        dataset=data,
+        output_dir=str(checkpoint),
+        work=job.get("work"),
+    )
+    digests = {"checkpoint": digest(checkpoint.glob("*.safetensors")), "plan": digest(files.glob("plan.json"))}
+    return {"bytes": checkpoint_size(checkpoint), "digests": digests}
+
+
+def steps(name: str, folder: Path) -> str:
+    """The recipe `name`, `prune` or `all`, which leaves its files in `folder`."""
+    prune = {"ExpertPruningModifier": {"retention": 0.75, "statistics": str(folder / "statistics")}}
+    plan = {key: str(folder / f"{key}.json") for key in ("plan", "costs")}
+    options = {"bits": [2, 4], "group_size": 128, "symmetric": True}  # few, for time: memory is what is measured
+    allocate = {"MixedBitAllocModifier": {"bpw": 3.0} | options | plan}
+    quantize = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
+    modifiers: dict[str, list[dict]] = {"prune": [prune], "all": [prune, allocate, quantize]}
+    return recipe(*modifiers[name])
+
+
+def random_tokens(vocabulary: int, tokens: int) -> DataLoader:
+    """Calibration sequences of tokens drawn evenly."""
+    rows = torch.randint(vocabulary, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(1))
+    samples: Any = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
+    return DataLoader(samples, batch_size=BATCH)
+
+
+def own_share(data: DataLoader) -> DataLoader:
+    """Whole batches for this process, which come after those of the process before it."""
+    samples: Any = data.dataset
+    own = len(samples) // BATCH // distributed.get_world_size() * BATCH
+    return DataLoader(samples[distributed.get_rank() * own :][:own], batch_size=BATCH)
+
+
+def load(source: Path, offload: Path | None, attention: str = "sdpa") -> Any:
+    """The model with its experts linearized, in memory, or all of it on disk if `offload` is a folder for changes."""
+    where: dict[str, Any] = {"attn_implementation": attention}
+    if offload is not None:
+        offload.mkdir(parents=True)
+        where |= {"device_map": "auto_offload", "max_memory": {"cpu": 100_000}, "offload_folder": str(offload)}
+    # Of several processes, load_context() insists on an accelerator.
+    with load_quantizable_moe() if distributed.is_initialized() else load_context():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **where)
+    keep_attention_causal(model)
+    return model
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Of all their bytes."""
+    found = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                found.update(part)
+    return found.hexdigest()[:16]

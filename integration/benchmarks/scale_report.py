@@ -1,0 +1,90 @@
+"""The tables of the benchmark of scale, and what it must show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+__all__ = ["RECIPES", "broken_claims", "table"]
+
+RECIPES = ("prune", "all")
+"""Whose peaks must not grow with the model."""
+FLAT = {"layers": 0.05, "tokens": 0.20}
+"""How much the peaks of such rows may differ."""
+CEILINGS = {"olmoe-16": 5_000_000_000, "deepseek-layer": 12_000_000_000}
+"""Row -> most bytes of memory that it may take."""
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The README's tables, in markdown: what runs took, what sampled stages took, which checkpoints are equal."""
+    rows = list(rows)
+    lines = [
+        "| | model | recipe | tokens | checkpoint | peak memory | mapped files | read / size | time |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in (row for row in rows if "peak" in row):
+        sizes = " | ".join(f"{row[key] / 1e9:.2f} GB" if key in row else "-" for key in ("bytes", "peak", "mapped"))
+        what = f"{row['row']} | {row['model']}, {row['model_bytes'] / 1e9:.1f} GB | {row['recipe']} | {row['tokens']:,}"
+        lines.append(f"| {what} | {sizes} | {row['reads_per_byte']:.1f} | {row['wall'] / 60:.1f} min |")
+    machines = dict.fromkeys(f"{row['machine']}, {row['threads']} threads" for row in rows if "peak" in row)
+    lines += ["", f"Measured on {'; '.join(machines)}." if machines else ""]
+    sampled = [row for row in rows if "sampled" in row]
+    if sampled:
+        lines += [
+            "| | stage | experts | peak memory | time | processor time | for each expert | for all experts |",
+            "|---|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        lines += [line for row in sampled for line in _stages(row)]
+        lines += ["", *(_prediction(row) for row in sampled)]
+    lines += [_comparison(row) for row in rows if "equal" in row]
+    return "\n".join(lines)
+
+
+def _comparison(row: dict[str, Any]) -> str:
+    """Whether all ways of one recipe gave the same plan and bytes; their digests, if they did only once."""
+    if not row["equal"]:
+        return f"{row['row']}: plan and bytes DIFFER: {row['digests']}"
+    ways, first = ", ".join(row["digests"]), next(iter(row["digests"].values()))[0]
+    return f"{row['row']}: plan and bytes equal ({ways}): {first}"
+
+
+def _stages(row: dict[str, Any]) -> Iterator[str]:
+    """A line for each stage of a row with sampled experts; for each and for all of these in processor time."""
+    sampled = row["sampled"]
+    for name, stage in row["stages"].items():
+        own = sampled["stages"].get(name)
+        experts, each, every = "-", "-", "-"
+        if own:
+            experts = f"{own['experts']} of {sampled['experts']}"
+            each, every = f"{own['cpu_seconds_per_expert']:.2f} s", f"{own['predicted_cpu_seconds'] / 3600:.2f} h"
+        times = " | ".join(f"{stage[key] / 60:.1f} min" for key in ("seconds", "cpu"))
+        took = f"{stage['memory'] / 1e9:.2f} GB | {times}"
+        yield f"| {row['row']} | {name} | {experts} | {took} | {each} | {every} |"
+
+
+def _prediction(row: dict[str, Any]) -> str:
+    sampled = row["sampled"]
+    return (
+        f"{row['row']}: statistics, samples, costs at one scheme and rounding of all {sampled['experts']} experts "
+        f"would take {sampled['predicted_cpu_seconds'] / 3600:.1f} h of one core, read "
+        f"{sampled['predicted_read_bytes'] / 1e9:.1f} GB and make of {row['model_bytes'] / 1e9:.1f} GB "
+        f"{sampled['predicted_checkpoint_bytes'] / 1e9:.1f} GB ({sampled['scheme']}); samples of all layers take "
+        f"{sampled['sample_bytes'] / 1e9:.2f} GB of files."
+    )
+
+
+def broken_claims(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What should hold and does not: equal checkpoints from memory and disk, peaks below their ceilings, and flat by
+    layers and by tokens."""
+    rows = list(rows)
+    problems = [f"{row['row']}: checkpoints differ" for row in rows if not row.get("equal", True)]
+    for row in rows:
+        most = CEILINGS.get(row["row"])
+        if most is not None and row["peak"] > most:
+            problems.append(f"{row['row']}: peak of {row['peak']:,} bytes, more than {most:,}")
+    for (kind, share), how in product(FLAT.items(), RECIPES):
+        peaks = [r["peak"] for r in rows if r["row"].startswith(f"{kind}-") and r["row"].endswith(f"-{how}")]
+        if peaks and max(peaks) > (1 + share) * min(peaks):
+            problems.append(f"{kind}, {how}: peaks from {min(peaks):,} to {max(peaks):,} bytes, not within {share:.0%}")
+    return problems
