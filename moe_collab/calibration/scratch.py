@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..allocation.budget import format_bytes
 from ..checkpoint.atomic import replace_text
 from ..distributed import agreed, is_source_process, wait
 from ..errors import MoeCollabError
@@ -57,9 +58,9 @@ class Scratch:
         free = agreed(free)
         if free < size:
             raise NoRoom(
-                f"{self._folder.parent}: {what} needs up to {size / 1e9:.4g} GB of files, but only {free / 1e9:.4g} GB "
-                "are free. Free some, calibrate with fewer tokens, or name a folder on a larger disk: `work`, or "
-                "output_dir"
+                f"{self._folder.parent}: {what} needs up to {format_bytes(size)} of files, but only "
+                f"{format_bytes(free)} are free. Free some, calibrate with fewer tokens, or name a folder on a larger "
+                "disk: `work`, or output_dir"
             )
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

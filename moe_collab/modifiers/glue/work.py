@@ -85,14 +85,14 @@ class Work:
                 f"{folder}: `work` is a directory with other files in it. Name one that is empty, or that is not there."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK, timeout=0)
+        self._lock = FileLock(folder / _LOCK, timeout=0)
         try:
-            lock.acquire()
+            self._lock.acquire()
         except Timeout as error:
             raise MoeCollabError(
                 f"{folder}: another run is working in this directory. Wait until it has ended, or name another `work`."
             ) from error
-        when_run_ends(lock.release)
+        when_run_ends(self._lock.release)
         if known.exists():
             self._check(_read(known), identity)
             logger.info("{}: going on with what an earlier run has finished there", folder)
