@@ -30,11 +30,9 @@ __all__ = ["calibrating", "calibration_of", "check_calibration", "workspace_of"]
 
 
 def check_calibration(state: State, modifier: Modifier) -> None:
-    """Check that there is data for a modifier of ours, open the directory that the run works in, if it has one, and say
-    what modifiers that are not ours will need."""
+    """Check that there is data for a modifier of ours, and open the directory that the run works in, if it has one."""
     check_data(state, type(modifier).__name__)
     open_work(state)
-    announce_stock_modifiers(state)
 
 
 def calibration_of(state: State, modifier: Modifier, moe: MoEModel | None = None) -> Calibration:
@@ -49,8 +47,10 @@ def calibration_of(state: State, modifier: Modifier, moe: MoEModel | None = None
 def workspace_of(state: State, modifier: Modifier, part: str = "calibration") -> Workspace:
     """Where a modifier keeps what it makes in a part of its work: in `work`, in temporary files, or in memory.
 
-    What is in `work` holds for the model as the modifier finds it. Raises `MoeCollabError` if it is another by now.
+    What is in `work` holds for the model as the modifier finds it. Raises `MoeCollabError` if it is another by now. The
+    first one of a run also says what modifiers that are not ours will need.
     """
+    announce_stock_modifiers(state)
     if (work := work_of(state)) is None:
         return Workspace(_scratch_folder() if is_on_disk(state.model) else None)
     workspace, present = Workspace(work.section(modifier) / part, durable=True), model_fingerprint(state.model)
