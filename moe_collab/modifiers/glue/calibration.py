@@ -23,7 +23,7 @@ from .compat import output_directory
 from .data import calibration_batches, check_data
 from .outline import model_fingerprint
 from .recipe import is_on_disk
-from .stock import announce_stock_modifiers
+from .stock import announce_stock_modifiers, find_stock_modifiers
 from .work import open_work, work_of
 
 __all__ = ["calibrating", "calibration_of", "check_calibration", "workspace_of"]
@@ -33,6 +33,7 @@ def check_calibration(state: State, modifier: Modifier) -> None:
     """Check that there is data for a modifier of ours, and open the directory that the run works in, if it has one."""
     check_data(state, type(modifier).__name__)
     open_work(state)
+    find_stock_modifiers(state)
 
 
 def calibration_of(state: State, modifier: Modifier, moe: MoEModel | None = None) -> Calibration:

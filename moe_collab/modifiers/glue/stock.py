@@ -18,21 +18,26 @@ from .data import one_pass
 from .recipe import modifiers_of_this_pass
 from .work import work_of
 
-__all__ = ["announce_stock_modifiers"]
+__all__ = ["announce_stock_modifiers", "find_stock_modifiers"]
 
-_ANNOUNCED = "stock_announced"
+_FOUND = "stock_modifiers"
+
+
+def find_stock_modifiers(state: State) -> None:
+    """Remember which calibrated modifiers of the recipe are llm-compressor's: a pass shows only those that share it."""
+    others = [m for m in modifiers_of_this_pass() if not _is_ours(m) and getattr(m, "requires_calibration_data", False)]
+    vars(state.data).setdefault(_FOUND, others)
 
 
 def announce_stock_modifiers(state: State) -> None:
-    """Log, once in a run, the memory that each calibrated modifier of llm-compressor will take, and what a kill costs.
+    """Log, once in a run, the memory that each of the modifiers found will take, and what a kill costs.
 
-    Its pipelines hold a block of the model, and the hidden states of all calibration tokens before and after it; GPTQ
+    Their pipelines hold a block of the model, and the hidden states of all calibration tokens before and after it; GPTQ
     also holds, for every Linear of the block, a float32 matrix of [columns, columns].
     """
-    others = [m for m in modifiers_of_this_pass() if not _is_ours(m) and getattr(m, "requires_calibration_data", False)]
-    if not others or vars(state.data).get(_ANNOUNCED):
+    others, vars(state.data)[_FOUND] = vars(state.data).get(_FOUND), []
+    if not others:
         return
-    vars(state.data)[_ANNOUNCED] = True
     model: Any = state.model
     decoder = Decoder(model)
     tokens = sum(torch.as_tensor(batch["input_ids"]).numel() for batch in one_pass(state))
