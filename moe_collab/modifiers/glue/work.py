@@ -25,6 +25,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 
 from ...calibration.at_hand import compute_device
+from ...calibration.results import key_of
 from ...checkpoint.atomic import check_output_directory, replace_text
 from ...distributed import everyones, is_source_process, wait
 from ...errors import MoeCollabError
@@ -135,9 +136,9 @@ def open_work(state: State) -> None:
     if len(named) > 1:
         raise MoeCollabError(f"`work`: one run works in one directory, but {sorted(map(str, named))} are named.")
     identity = {
-        "model": _digest([model_fingerprint(state.model), _config(state.model), _weights(state.model)]),
-        "recipe": _digest(_recipe()),
-        "data": _digest([*everyones(list(map(_content, one_pass(state)))), _domains(state)]),
+        "model": key_of(model_fingerprint(state.model), _config(state.model), _weights(state.model)),
+        "recipe": key_of(_recipe()),
+        "data": key_of(*everyones(list(map(_content, one_pass(state)))), _domains(state)),
         "device": compute_device().type,
         **{name: version(name) for name in _PACKAGES},
     }
@@ -201,7 +202,3 @@ def _without(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without(value) for key, value in node.items() if key not in _PLACES}
     return [_without(value) for value in node] if isinstance(node, list) else node
-
-
-def _digest(value: Any) -> str:
-    return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
