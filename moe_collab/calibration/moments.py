@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["second_moments"]
+__all__ = ["second_moment", "token_weights"]
 
-ROW_BLOCKS = 4
-"""Blocks of output rows that get a second moment each, their tokens weighted by the block's own gradients."""
+_DAMPING = 0.003
+"""Added to the diagonal, whose mean is 1."""
+_PANEL = 512
+"""Columns of the product that are computed at a time; what lies above them is their mirror image."""
 
 
-def second_moments(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Second moments [row blocks, columns, columns] of `inputs` [tokens, columns].
+def second_moment(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """The second moment [columns, columns] of `inputs` [tokens, columns], by `token_weights`.
 
-    Tokens are weighted by the square of their `gradients` [draws, tokens, rows], mean over draws. The moments are
-    scaled to a mean diagonal of 1 and mixed with the unweighted moment, the more so the fewer tokens they rest on
-    (tokens of unequal weights w count as Kish's effective number, (sum w)^2 / sum w^2). A millionth of the identity is
-    added, so that experts that hardly any token reaches are rounded to nearest rather than to zero.
+    A little of the identity is added, so that codes fit other tokens too, and experts that hardly any token reaches are
+    rounded to nearest. A moment for each quarter of the rows, by their own gradients, took four times as long and gave
+    the same KL within 1 % on both fixtures.
     """
-    columns, rows = inputs.shape[1], gradients.shape[-1]
-    blocks = ROW_BLOCKS if rows % ROW_BLOCKS == 0 else 1
-    plain = _normalized(inputs.T @ inputs)
-    found = []
-    for part in gradients.chunk(blocks, -1):
-        weights = part.square().sum(-1).mean(0)[:, None]
-        effective = weights.sum().square() / weights.square().sum().clamp_min(1e-30)
-        trust = float(effective / (effective + columns))
-        found.append(trust * _normalized((inputs * weights).T @ inputs) + (1 - trust) * plain)
-    return torch.stack(found) + 1e-6 * torch.eye(columns, device=inputs.device)
+    weighted = inputs * token_weights(inputs, gradients).sqrt()[:, None]
+    columns = inputs.shape[1]
+    moment = inputs.new_empty(columns, columns)
+    for start in range(0, columns, _PANEL):
+        stop = start + _PANEL
+        moment[start:, start:stop] = weighted[:, start:].T @ weighted[:, start:stop]
+        moment[start:stop, stop:] = moment[stop:, start:stop].T
+    moment.diagonal().add_(_DAMPING)
+    return moment
 
 
-def _normalized(moment: torch.Tensor) -> torch.Tensor:
-    scale = moment.diagonal().mean()
-    return moment / scale if scale > 0 else torch.eye(len(moment), device=moment.device)
+def token_weights(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Weights [tokens] with which the second moment of `inputs` [tokens, columns] has a mean diagonal of 1.
+
+    Tokens are weighted by the square of their `gradients` [draws, tokens, rows], mean over draws, and the more equally
+    the fewer tokens the moment rests on: unequal weights w count as Kish's effective number, (sum w)^2 / sum w^2. All
+    are 0 if the inputs are.
+    """
+    weights = gradients.square().sum(-1).mean(0)
+    effective = weights.sum().square() / weights.square().sum().clamp_min(1e-30)
+    trust = effective / (effective + inputs.shape[1])
+    sizes = inputs.square().mean(-1)
+    own, plain = (sizes @ weights).clamp_min(1e-30), sizes.sum().clamp_min(1e-30)
+    return trust * weights / own + (1 - trust) / plain

@@ -25,7 +25,7 @@ from ..formats import Scheme
 from ..rounding import Grid, Rounder
 from .at_hand import compute_device, float32_copy
 from .micro_batches import MicroBatches
-from .moments import second_moments
+from .moments import second_moment
 from .routing import Routing
 from .scratch import Scratch
 
@@ -164,12 +164,12 @@ class LinearSamples:
     def rounded(self, rounder: Rounder, scheme: Scheme) -> Grid:
         """The weight rounded to `scheme`, as a grid that is a batch of one."""
         weight, inputs, gradient = self._at_hand()
-        return rounder(weight[None], second_moments(inputs, gradient)[None], scheme)
+        return rounder(weight[None], second_moment(inputs, gradient)[None], scheme)
 
     def costs(self, rounder: Rounder, schemes: Sequence[Scheme]) -> list[float]:
         """KL per token of rounding at each of `schemes`: E[(g . (W_b - W) x)^2] / 2."""
         weight, inputs, gradient = self._at_hand()
-        moments = second_moments(inputs, gradient)[None]
+        moments = second_moment(inputs, gradient)[None]
         found = []
         for scheme in schemes:
             error = rounder(weight[None], moments, scheme).values()[0] - weight

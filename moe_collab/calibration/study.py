@@ -19,7 +19,7 @@ from ..moe_model import MoELayer
 from ..rounding import Grid, Rounder
 from .at_hand import compute_device, float32_copy
 from .experts import ExpertWeights
-from .moments import ROW_BLOCKS, second_moments
+from .moments import second_moment
 from .samples import LayerSamples
 
 __all__ = ["COST_TOKENS", "HALVES", "ExpertGrids", "ExpertGroup", "LayerStudy"]
@@ -69,7 +69,7 @@ class LayerStudy:
             return
         first = self.layer.expert(members[0]).down_proj
         hidden, inner = first.out_features, first.in_features
-        size = 4 * (ROW_BLOCKS * (hidden**2 + inner**2) + 3 * hidden * inner)
+        size = 4 * (hidden**2 + inner**2 + 3 * hidden * inner)
         together = max(1, _GROUP_BYTES // size)
         for start in range(0, len(members), together):
             yield ExpertGroup(self, members[start : start + together])
@@ -97,12 +97,12 @@ class ExpertGroup:
 
     @cached_property
     def moments(self) -> dict[str, torch.Tensor]:
-        """Half -> second moments of its inputs, [experts, row blocks, columns, columns], mean diagonal 1."""
+        """Half -> second moments of its inputs, [experts, columns, columns], mean diagonal 1."""
         found: dict[str, list[torch.Tensor]] = {half: [] for half in HALVES}
         for index, own in self.experts.items():
             seen = self.study.traffic(index, own)
-            found["gate_up"].append(second_moments(seen.hidden, seen.gate_up_gradient))
-            found["down"].append(second_moments(seen.inner, seen.down_gradient))
+            found["gate_up"].append(second_moment(seen.hidden, seen.gate_up_gradient))
+            found["down"].append(second_moment(seen.inner, seen.down_gradient))
         return {half: torch.stack(moments) for half, moments in found.items()}
 
     def moments_of(self, half: str, members: Sequence[int]) -> torch.Tensor:
@@ -143,7 +143,7 @@ class ExpertGroup:
         matrix = (inner * weighing).T @ inner
         matrix += torch.diag(0.03 * matrix.diagonal().mean().clamp_min(1e-20).expand(len(matrix)))
         target = inner.T @ ((seen.inner - inner) * weighing)
-        return own.down + own.down @ torch.linalg.solve(matrix, target).T, second_moments(inner, seen.down_gradient)
+        return own.down + own.down @ torch.linalg.solve(matrix, target).T, second_moment(inner, seen.down_gradient)
 
     def round(self, rounder: Rounder, schemes: Mapping[int, tuple[Scheme, Scheme]]) -> dict[int, ExpertGrids]:
         """Expert -> its grids, given the schemes (gate_up, down) of experts of the group.

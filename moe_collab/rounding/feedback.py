@@ -1,95 +1,95 @@
-"""Rounding with error feedback (GPTQ), and coordinate descent on the same quadratic loss, both in blocks of columns.
+"""Rounding with error feedback (GPTQ), and descent on the same quadratic loss, both in blocks of columns.
 
 The loss of a row q of the rounded weight is (q - w) H (q - w)^T, H the second moment of the inputs, weighted per token.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from .grid import Grid, nearest
+from .grid import Grid
+from .loops import BLOCK, descend_block, feed_back_block, fitted_scale
 
-__all__ = ["coordinate_descent", "damped", "feed_back", "loss", "refit"]
+__all__ = ["Factored", "descend", "factored", "feed_back", "loss"]
 
-_BLOCK = 128
-
-
-def damped(moments: torch.Tensor, share: float) -> torch.Tensor:
-    """H [batch, columns, columns] with `share` of its mean diagonal added to the diagonal."""
-    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
-    return moments + torch.diag_embed((share * mean)[:, None].expand(moments.shape[:2]))
+_DAMPING = 0.007
+"""Share of the mean diagonal that is added to the diagonal for feedback alone."""
 
 
-def feed_back(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
+class Factored(NamedTuple):
+    """P (H + damping) P^T = L D L^T, columns in the `order` in which they are rounded, from the last to the first."""
+
+    order: torch.Tensor
+    """int64 [batch, columns], the least important column first."""
+    factor: torch.Tensor
+    """L, unit lower triangular, [batch, columns, columns]."""
+    left_over: torch.Tensor
+    """D [batch, columns], of the columns as they were: what a unit error there costs after all feedback."""
+
+
+def factored(moments: torch.Tensor) -> Factored:
+    """The LDL decomposition of `moments` [batch, columns, columns], positive definite, for `feed_back`."""
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    order = diagonal.argsort(-1)
+    ordered = torch.stack([own[by][:, by] for own, by in zip(moments, order, strict=True)])
+    ordered.diagonal(dim1=-2, dim2=-1).add_(_DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(1e-20))
+    factor = torch.linalg.cholesky(ordered, out=ordered)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).clone()
+    factor /= pivots[:, None, :]
+    return Factored(order, factor, torch.empty_like(pivots).scatter_(1, order, pivots.square()))
+
+
+def feed_back(weights: torch.Tensor, found: Factored, grid: Grid) -> None:
     """GPTQ (arXiv 2210.17323) with static activation order: sets `grid.codes`, keeping its scales and zeros.
 
-    `weights` [batch, rows, columns], `moments` [batch, columns, columns], positive definite.
+    Columns are rounded in turn. With e the errors so far, column j is w_j - sum_i e_i L_ij when its turn comes, which is
+    what GPTQ's inverse gives too (arXiv 2307.13304, theorem 6), for half the arithmetic. `weights` [batch, rows,
+    columns].
     """
-    order = moments.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
-    by_column = order[:, None, :].expand_as(weights)
-    left = weights.gather(2, by_column)
-    scales = grid.wide(grid.scales).gather(2, by_column)
-    zeros = grid.wide(grid.zeros).gather(2, by_column)
-    sorted_moments = moments.gather(1, order[:, :, None].expand_as(moments)).gather(
-        2, order[:, None, :].expand_as(moments)
-    )
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(sorted_moments)), upper=True)
-    codes = torch.empty_like(left)
-    columns = left.shape[2]
-    for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        errors = torch.empty_like(left[:, :, start:end])
-        for j in range(start, end):
-            scale, zero = scales[:, :, j], zeros[:, :, j]
-            codes[:, :, j] = nearest(left[:, :, j], scale, zero, grid.scheme)
-            error = (left[:, :, j] - (codes[:, :, j] - zero) * scale) / inverse[:, j, j, None]
-            left[:, :, j + 1 : end] -= error[:, :, None] * inverse[:, None, j, j + 1 : end]
-            errors[:, :, j - start] = error
-        left[:, :, end:] -= errors @ inverse[:, start:end, end:]
-    grid.codes = torch.empty_like(codes).scatter_(2, by_column, codes)
+    left = weights.gather(2, found.order[:, None, :].expand_as(weights))
+    grid.codes = torch.empty_like(weights)
+    for stop in range(weights.shape[2], 0, -BLOCK):
+        part = slice(max(0, stop - BLOCK), stop)
+        errors = feed_back_block(weights, left, grid, found.order, found.factor, part)
+        before = slice(part.start)
+        left[:, :, before].baddbmm_(errors, found.factor[:, part, before], alpha=-1)
 
 
-def coordinate_descent(weights: torch.Tensor, moments: torch.Tensor, grid: Grid, passes: int) -> None:
-    """Set one code after the other to the level where the loss is least with all others fixed; the loss never rises."""
-    low, high = grid.scheme.levels
-    scales, zeros = grid.wide(grid.scales), grid.wide(grid.zeros)
-    codes = grid.codes.clone()
-    slope = ((codes - zeros) * scales - weights) @ moments
-    curvature = moments.diagonal(dim1=-2, dim2=-1)[:, None, :] * scales
-    columns = weights.shape[2]
-    for _ in range(passes):
-        for start in range(0, columns, _BLOCK):
-            end = min(start + _BLOCK, columns)
-            moved = torch.empty_like(codes[:, :, start:end])
-            for j in range(start, end):
-                best = (codes[:, :, j] - slope[:, :, j] / curvature[:, :, j]).round().clamp(low, high)
-                change = (best - codes[:, :, j]) * scales[:, :, j]
-                slope[:, :, start:end] += change[:, :, None] * moments[:, None, j, start:end]
-                codes[:, :, j], moved[:, :, j - start] = best, change
-            if columns > end - start:
-                within = slope[:, :, start:end].clone()
-                slope += moved @ moments[:, start:end]
-                slope[:, :, start:end] = within
-    grid.codes = codes
+def descend(weights: torch.Tensor, moments: torch.Tensor, grid: Grid, sweeps: int, scale_dtype: torch.dtype) -> None:
+    """Set scales and codes to their best values in turn with all else fixed; the loss never rises.
+
+    A sweep over all columns costs one product of the weight's shape with `moments` [batch, columns, columns].
+    """
+    columns, group = weights.shape[2], grid.group
+    block = BLOCK // group * group if group <= BLOCK else BLOCK
+    slope = (grid.values() - weights) @ moments
+    for sweep in range(sweeps):
+        if group > BLOCK:
+            _fit_long_groups(moments, grid, slope, scale_dtype)
+        for part in _blocks(columns, group, block):
+            change = descend_block(grid, slope, moments, part, scale_dtype)
+            rest = slice(part.stop if sweep == sweeps - 1 else 0, columns)
+            slope[:, :, rest].baddbmm_(change, moments[:, part, rest])
 
 
-def refit(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
-    """Set the scales to those that fit best, by least squares with these codes, pulled a little to the present ones."""
-    batch, rows = weights.shape[:2]
-    size, groups = grid.group, grid.scales.shape[2]
-    levels = grid.codes - grid.wide(grid.zeros)
-    target = (levels * (weights @ moments)).reshape(batch, rows, groups, size).sum(-1)
-    matrix = weights.new_empty(batch, rows, groups, groups)
-    for k in range(groups):
-        part = slice(k * size, (k + 1) * size)
-        matrix[:, :, k] = ((levels[:, :, part] @ moments[:, part]) * levels).reshape(batch, rows, groups, size).sum(-1)
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    pull = 1e-3 * diagonal.mean(-1, keepdim=True).clamp_min(1e-9)
-    matrix = matrix + torch.diag_embed(pull.expand_as(diagonal))
-    fitted = torch.linalg.solve(matrix, (target + pull * grid.scales)[..., None])[..., 0]
-    # A scale of zero, or one that is not finite, would lose the group.
-    sound = torch.isfinite(fitted) & (fitted.abs() > 1e-8)
-    grid.scales = torch.where(sound, fitted, grid.scales)
+def _blocks(columns: int, group: int, block: int) -> list[slice]:
+    """Blocks that hold whole groups, or parts of one."""
+    span = max(group, block)
+    starts = [start for first in range(0, columns, span) for start in range(first, min(first + span, columns), block)]
+    return [slice(start, min(start + block, start - start % span + span, columns)) for start in starts]
+
+
+def _fit_long_groups(moments: torch.Tensor, grid: Grid, slope: torch.Tensor, scale_dtype: torch.dtype) -> None:
+    """Fit scales of groups longer than a block, as `descend_block` does with shorter ones."""
+    for index in range(grid.scales.shape[2]):
+        part = slice(index * grid.group, (index + 1) * grid.group)
+        levels, scale = grid.codes[:, :, part] - grid.zeros[:, :, index, None], grid.scales[:, :, index, None]
+        pulled = levels @ moments[:, part]
+        fitted = fitted_scale(scale, levels, slope[:, :, part], pulled[:, :, part], scale_dtype)
+        slope += (fitted - scale) * pulled
+        grid.scales[:, :, index] = fitted[:, :, 0]
 
 
 def loss(weights: torch.Tensor, moments: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -44,7 +44,8 @@ class Grid:
         return Grid(self.scheme, codes, scales, zeros)
 
 
-def nearest(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The code nearest to each weight; all four have one shape."""
-    low, high = scheme.levels
-    return ((weights / scales).round() + zeros).clamp(low, high)
+def nearest(
+    weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: tuple[int, int]
+) -> torch.Tensor:
+    """The code nearest to each weight between the smallest and the largest of `levels`."""
+    return ((weights / scales).round() + zeros).clamp(*levels)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import Scheme
-from .feedback import coordinate_descent, damped, feed_back, refit
+from .feedback import descend, factored, feed_back
 from .grid import Grid, nearest
 from .scales import best_grid
 
 __all__ = ["Rounder"]
 
+_SWEEPS = 4
+"""Of descent; each later one gains half of what the one before did."""
+
 
 @dataclass(frozen=True)
 class Rounder:
-    """Rounds weights with error feedback, and then alternates coordinate descent with refitting the scales.
+    """Rounds weights with error feedback, and then sets scales and codes to their best values in turn.
 
     `descent` False is plain GPTQ on searched scales; `feedback` False rounds to nearest. `scale_dtype` is the type in
     which the checkpoint stores scales; the last codes are chosen for scales already rounded to it.
@@ -27,30 +30,19 @@ class Rounder:
     scale_dtype: torch.dtype = torch.bfloat16
 
     def __call__(self, weights: torch.Tensor, moments: torch.Tensor, scheme: Scheme) -> Grid:
-        """Round `weights` [batch, rows, columns] to `scheme`.
-
-        `moments` [batch, row blocks, columns, columns] are second moments of their inputs: a weight's rows fall into
-        equal blocks, each with a second moment of its own.
-        """
-        batch, blocks = moments.shape[:2]
-        moments = moments.flatten(0, 1)
-        rows = weights.float().reshape(batch * blocks, -1, weights.shape[2])
+        """Round `weights` [batch, rows, columns] to `scheme`; `moments` [batch, columns, columns] are of their inputs."""
+        rows = weights.float()
         grid = best_grid(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
-        self._narrow(grid)
+        grid.scales = self._narrowed(grid.scales)
         if self.feedback:
-            feed_back(rows, damped(moments, 0.01), grid)
+            feed_back(rows, factored(moments), grid)
         else:
-            grid.codes = nearest(rows, grid.wide(grid.scales), grid.wide(grid.zeros), scheme)
+            grid.codes = nearest(rows, grid.wide(grid.scales), grid.wide(grid.zeros), scheme.levels)
         if self.feedback and self.descent and scheme.num_bits < 8:
-            self._descend(rows, damped(moments, 0.003), grid)
-        return grid.reshaped(batch)
+            descend(rows, moments, grid, _SWEEPS, self.scale_dtype)
+        return grid
 
-    def _descend(self, rows: torch.Tensor, moments: torch.Tensor, grid: Grid) -> None:
-        refit(rows, moments, grid)
-        coordinate_descent(rows, moments, grid, passes=2)
-        refit(rows, moments, grid)
-        self._narrow(grid)
-        coordinate_descent(rows, moments, grid, passes=1)
-
-    def _narrow(self, grid: Grid) -> None:
-        grid.scales = grid.scales.to(self.scale_dtype).float()
+    def _narrowed(self, scales: torch.Tensor) -> torch.Tensor:
+        """As the checkpoint will store them; none becomes 0."""
+        narrow = scales.to(self.scale_dtype).float()
+        return torch.where(narrow == 0, torch.finfo(self.scale_dtype).tiny, narrow)

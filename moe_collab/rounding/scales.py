@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from ..formats import TERNARY, Scheme
 from .grid import Grid, nearest
+from .loops import search
 
 __all__ = ["best_grid"]
 
@@ -19,25 +21,15 @@ def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -
 
     `importance` [batch, columns] weights the squared errors of each column; it is the diagonal of the second moment.
     """
-    batch, rows, columns = weights.shape
-    group = scheme.group_of(columns)
-    grouped = weights.reshape(batch, rows, -1, group)
-    weighing = importance.reshape(batch, 1, -1, group)
-    best = torch.full(grouped.shape[:3], torch.inf, device=weights.device)
-    scales, zeros = torch.ones_like(best), torch.zeros_like(best)
-    for scale, zero in _candidates(grouped, scheme):
-        wide_scale, wide_zero = scale[..., None], zero[..., None]
-        codes = nearest(grouped, wide_scale, wide_zero, scheme)
-        loss = (((codes - wide_zero) * wide_scale - grouped).square() * weighing).sum(-1)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    codes = nearest(grouped, scales[..., None], zeros[..., None], scheme).reshape(weights.shape)
-    return Grid(scheme, codes, scales, zeros)
+    group = scheme.group_of(weights.shape[2])
+    _, scales, zeros = search(weights, importance, group, partial(_candidates, scheme=scheme), scheme.levels)
+    grid = Grid(scheme, torch.empty_like(weights), scales, zeros)
+    grid.codes = nearest(weights, grid.wide(scales), grid.wide(zeros), scheme.levels)
+    return grid
 
 
 def _candidates(grouped: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (scale, zero point) to try, each [batch, rows, groups]."""
+    """Pairs (scale, zero point) to try, each [rows, groups]."""
     if scheme.symmetric:
         yield from _symmetric(grouped, scheme)
     elif scheme.num_bits == 2:

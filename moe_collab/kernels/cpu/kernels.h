@@ -51,6 +51,40 @@ constexpr int kMaxPanel = 128;
 // out[row][16].
 using DotPanel = void (*)(const Matrix& w, int tile, const Panel& x, float* out, int prefetch);
 
+// The loops of rounding (`rounding_loops.h`), over one block of at most so many columns.
+constexpr int kMaxBlock = 128;
+
+struct Search {
+  const float *weights, *importance, *scales, *zeros;
+  int64_t rows, columns;
+  int group, candidates;
+  float low, high;
+  float* losses;
+  int64_t* chosen;
+};
+
+struct FeedBack {
+  const float* weights;
+  float* left;  // weights in the order of rounding, with the errors so far made up for
+  const float *scales, *zeros;
+  const int64_t* order;
+  const float* factor;
+  int64_t columns;
+  int group, begin, end;
+  float low, high;
+  float *codes, *errors;
+};
+
+struct Descent {
+  float *codes, *scales;
+  const float *zeros, *slope, *moments;
+  int64_t columns;
+  int group, begin, end;
+  float low, high;
+  Dtype scale_dtype;
+  float* change;
+};
+
 struct Kernels {
   const char* name;
   int max_tokens;  // of one DotTile: 1, 2, 4 or 8
@@ -64,6 +98,10 @@ struct Kernels {
   void (*gate)(Gating, int n, float* gate, const float* up);
   void (*to_float)(Dtype, const void* x, int64_t n, float factor, float* out);
   void (*from_float)(Dtype, const float* x, int64_t n, void* out);
+  // Of one row; of up to 16 rows.
+  void (*search)(const Search&, int64_t row);
+  void (*feed_back)(const FeedBack&, int64_t row, int rows);
+  void (*descend)(const Descent&, int64_t row, int rows);
 };
 
 constexpr int format_index(int bits) {

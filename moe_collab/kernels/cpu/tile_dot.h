@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "kernels.h"
-#include "loops.h"
+#include "rounding_loops.h"
 
 #define MOE_INLINE inline __attribute__((always_inline))
 #define MOE_LAMBDA_INLINE __attribute__((always_inline))
@@ -274,7 +274,8 @@ constexpr DotTile instance() {
 // The table of instruction set V, whose kernels take up to MAX tokens.
 template <class V, int MAX>
 constexpr Kernels make_kernels(const char* name) {
-  Kernels kernels{name, MAX, {}, {}, quantize, apply_gate, to_float, from_float};
+  Kernels kernels{name, MAX, {}, {}, quantize, apply_gate, to_float, from_float,
+                  search, feed_back, descend};
   [&]<int... F>(std::integer_sequence<int, F...>) {
     ((kernels.dot[F][0][0] = instance<V, kFormatBits[F], 1, MAX, 1>(),
       kernels.dot[F][0][1] = instance<V, kFormatBits[F], 1, MAX, 2>(),
