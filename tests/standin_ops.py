@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from moe_collab.kernels.cpu import load
+
 __all__ = ["NAME", "register"]
 
 NAME = "standin"
@@ -29,6 +31,8 @@ _SETS = ("set_.source_Storage", "set_.source_Storage_storage_offset", "set_.sour
 _WHOLE = ("convolution", "convolution_backward", "_grouped_mm")
 # Operands that CUDA takes from the CPU: indices, and (outside pointwise operations) values without a dimension.
 _CPU_INDICES = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_", "aten::_unsafe_index")
+# The loops of rounding, which another accelerator would have kernels of its own for.
+_ROUNDING = ("moe_collab::round_search", "moe_collab::round_feed_back", "moe_collab::round_descend")
 _CPU_SCALARS = (*_CPU_INDICES, "aten::fill_", "aten::masked_fill_", "aten::masked_fill", "aten::where")
 
 
@@ -113,7 +117,7 @@ class _Argument:
 
 @cache
 def _arguments(op: torch._ops.OpOverload) -> dict[str, _Argument]:
-    if op.namespace not in ("aten", "prims"):
+    if op.namespace not in ("aten", "prims") and op._schema.name not in _ROUNDING:
         raise NotImplementedError(f"Could not run '{op}' with arguments from the '{NAME}' backend: only the CPU has it")
     name = op._schema.name
     numbers = not torch._C._should_allow_numbers_as_tensors(name.partition("::")[2])
@@ -235,4 +239,9 @@ def register() -> list[torch.library.Library]:
     ours.impl("resize_", _resize, "PrivateUse1")
     ours.impl("histc", _histc, "PrivateUse1")
     ours.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
-    return [everything, ours]
+    load()
+    rounding = torch.library.Library("moe_collab", "IMPL")
+    for name in _ROUNDING:
+        op = getattr(torch.ops.moe_collab, name.partition("::")[2]).default
+        rounding.impl(name.partition("::")[2], partial(_compute, op), "PrivateUse1")
+    return [everything, ours, rounding]

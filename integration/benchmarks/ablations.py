@@ -11,8 +11,9 @@ from scipy.stats import spearmanr
 
 from moe_collab.allocation import Decision
 from moe_collab.calibration import RoundedModel, log_probabilities, mean_kl
+from moe_collab.calibration import moments as moments_module
 from moe_collab.calibration import study as study_module
-from moe_collab.calibration.moments import second_moments
+from moe_collab.calibration.moments import token_weights
 from moe_collab.formats import TERNARY, Scheme
 from moe_collab.rounding import Rounder
 
@@ -38,15 +39,14 @@ def ablation(bench: Bench, size: str) -> None:
     }.items():
         bench.decided("ablation", size, method, partial(decide, **fields))
     rounding = {
-        "rounding without Fisher weights": mock.patch.object(study_module, "second_moments", _unweighted),
+        "rounding without Fisher weights": mock.patch.object(moments_module, "token_weights", _unweighted),
         "rounding without feedback within experts": mock.patch.object(study_module, "FEW_TOKENS", 1 << 60),
-        "rounding without coordinate descent": mock.patch.object(
-            Rounder, "_descend", lambda self, rows, moments, grid: None
-        ),
     }
     for method, patch in rounding.items():
         with patch:
             bench.decided("ablation", size, method, decide)
+    plain = Rounder(descent=False, scale_dtype=bench.model.live.dtype)
+    bench.decided("ablation", size, "rounding without coordinate descent", decide, plain)
     planner = bench.model.planner(budget=budget)
     bench.decided("ablation", size, "costs without Fisher", partial(planner.cheapest, bench.error_table))
     scheme = Scheme(*UNIFORM[size], False)
@@ -84,5 +84,5 @@ def rank_correlation(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _unweighted(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    return second_moments(inputs, torch.ones_like(gradients))
+def _unweighted(squares: torch.Tensor, sizes: torch.Tensor, columns: int) -> torch.Tensor:
+    return token_weights(torch.ones_like(squares), sizes, columns)

@@ -18,7 +18,6 @@ from moe_collab.calibration.study import HALVES, LayerStudy
 from moe_collab.evaluation import evaluate
 from moe_collab.formats import TERNARY, Scheme
 from moe_collab.rounding import Rounder
-from moe_collab.rounding.feedback import damped
 
 from .bench import Bench
 from .trained import BELOW
@@ -68,7 +67,7 @@ def codebook_weights(calibration: Calibration, feedback: bool) -> dict[str, torc
     for layer in calibration.moe.layers:
         for group in LayerStudy(layer, samples[layer.name]).groups(layer.live_experts):
             for half in HALVES:
-                halves.append((layer, group.members, half, group.weights(half), group.moments[half].mean(1)))
+                halves.append((layer, group.members, half, group.weights(half), group.moments[half]))
     vectors, importance = [], []
     for _, _, _, weights, moment in halves:
         scaled = _grouped(weights) / _scales(weights)
@@ -122,7 +121,8 @@ def _nearest(vectors: torch.Tensor, importance: torch.Tensor, book: torch.Tensor
 def _rounded(weights: torch.Tensor, moment: torch.Tensor, book: torch.Tensor, feedback: bool) -> torch.Tensor:
     """`weights` [experts, rows, columns] on the codebook; with feedback later columns make up for earlier ones."""
     scales = _scales(weights).expand_as(_grouped(weights)).reshape(weights.shape)
-    moments = damped(moment, 0.01)
+    damping = 0.007 * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    moments = moment + damping[:, None, None] * torch.eye(moment.shape[-1])
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
     importance = moments.diagonal(dim1=-2, dim2=-1)[:, None].expand_as(weights)
     left, found = weights.clone(), torch.empty_like(weights)

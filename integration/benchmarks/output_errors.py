@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 
 from moe_collab.allocation import CostTable
-from moe_collab.calibration.study import COST_TOKENS, HALVES, ExpertGroup, LayerStudy
+from moe_collab.calibration.study import HALVES, ExpertGroup, LayerStudy
 from moe_collab.rounding import Rounder
 
 from .trained import TrainedModel
 
 __all__ = ["output_error_table"]
+
+_TOKENS = 2048
+"""Most tokens of an expert that a cost is computed from."""
 
 
 def output_error_table(model: TrainedModel) -> CostTable:
@@ -40,7 +43,7 @@ def output_error_table(model: TrainedModel) -> CostTable:
 def _output_error(group: ExpertGroup, index: int, half: str, weight: torch.Tensor) -> float:
     """Mean over all tokens of g_t^2 ||f(x_t) - f_b(x_t)||^2 with one half of an expert rounded."""
     samples = group.study.samples
-    rows, weights = samples.routed(index, COST_TOKENS)
+    rows, weights = samples.routed(index, _TOKENS)
     if not len(rows):
         return 0.0
     own, hidden = group.experts[index], samples.hidden[rows].float()

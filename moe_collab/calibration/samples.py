@@ -11,7 +11,7 @@ taken ones are kept, and `LAYER_TOKENS` of all tokens of a layer, which are for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any
@@ -165,17 +165,6 @@ class LinearSamples:
         """The weight rounded to `scheme`, as a grid that is a batch of one."""
         weight, inputs, gradient = self._at_hand()
         return rounder(weight[None], second_moment(inputs, gradient)[None], scheme)
-
-    def costs(self, rounder: Rounder, schemes: Sequence[Scheme]) -> list[float]:
-        """KL per token of rounding at each of `schemes`: E[(g . (W_b - W) x)^2] / 2."""
-        weight, inputs, gradient = self._at_hand()
-        moments = second_moment(inputs, gradient)[None]
-        found = []
-        for scheme in schemes:
-            error = rounder(weight[None], moments, scheme).values()[0] - weight
-            change = ((inputs @ error.T) * gradient).sum(-1)
-            found.append(float(change.double().square().mean()) / 2)
-        return found
 
     def _at_hand(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = compute_device()

@@ -1,7 +1,6 @@
-"""`LayerStudy`: one layer's second moments for rounding, and what rounding each of its experts costs.
+"""`LayerStudy`: what rounding the experts of one layer rests on, and their rounding.
 
-Costs are in nats of KL per token, to second order in the error (see `samples`). As many experts as take a fixed amount
-of memory are at hand together; for large models that is one.
+As many experts as take a fixed amount of memory are at hand together; for large models that is one.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch.nn.functional import linear
 
 from ..coverage import FEW_TOKENS
 from ..formats import Scheme
@@ -19,19 +17,18 @@ from ..moe_model import MoELayer
 from ..rounding import Grid, Rounder
 from .at_hand import compute_device, float32_copy
 from .experts import ExpertWeights
-from .moments import second_moment
-from .samples import LayerSamples
+from .moments import Sums, moment_of, token_weights
+from .samples import EXPERT_TOKENS, LayerSamples
 
-__all__ = ["COST_TOKENS", "HALVES", "ExpertGrids", "ExpertGroup", "LayerStudy"]
+__all__ = ["HALVES", "ExpertGrids", "ExpertGroup", "LayerStudy", "Traffic"]
 
 HALVES = ("gate_up", "down")
 """An expert's two halves, which get a scheme each: gate_proj and up_proj as one fused matrix, and down_proj."""
 
-COST_TOKENS = 2048
-"""Most routed tokens of an expert from which a cost is computed; they stand for all."""
-
 _GROUP_BYTES = 64 << 20
-"""Of weights and second moments of the experts that are at hand together; never less than one expert."""
+"""Of weights, inputs and second moments of the experts that are at hand together; never less than one expert."""
+_TOKENS = 1024
+"""Of an expert that are looked at together, so that memory does not grow with their number."""
 
 
 @dataclass
@@ -40,20 +37,6 @@ class ExpertGrids:
 
     gate_up: Grid | None
     down: Grid | None
-
-
-@dataclass(frozen=True)
-class _Traffic:
-    """The tokens routed to one expert: inputs of both its halves, and gradients of the loss by the halves' outputs."""
-
-    hidden: torch.Tensor
-    """Inputs of gate_up, [tokens, H]."""
-    inner: torch.Tensor
-    """Inputs of down, [tokens, I]."""
-    gate_up_gradient: torch.Tensor
-    """[draws, tokens, 2I]."""
-    down_gradient: torch.Tensor
-    """[draws, tokens, H]."""
 
 
 class LayerStudy:
@@ -69,18 +52,44 @@ class LayerStudy:
             return
         first = self.layer.expert(members[0]).down_proj
         hidden, inner = first.out_features, first.in_features
-        size = 4 * (hidden**2 + inner**2 + 3 * hidden * inner)
+        tokens = min(EXPERT_TOKENS, int(self.samples.counts.max()))
+        size = 4 * (hidden**2 + inner**2 + 3 * hidden * inner + tokens * inner)
         together = max(1, _GROUP_BYTES // size)
         for start in range(0, len(members), together):
             yield ExpertGroup(self, members[start : start + together])
 
-    def traffic(self, expert: int, own: ExpertWeights, limit: int | None = None) -> _Traffic:
-        """The sampled tokens of `expert`, evenly thinned to at most `limit`."""
-        rows, weights = self.samples.routed(expert, limit)
-        hidden = float32_copy(self.samples.hidden[rows], self.device)
-        gradient = float32_copy(self.samples.gradient[:, rows], self.device) * weights.to(self.device)[:, None]
-        of_gate_up = torch.stack([own.gate_up_gradient(hidden, one) for one in gradient])
-        return _Traffic(hidden, own.inner(hidden), of_gate_up, gradient)
+
+class Traffic:
+    """The sampled tokens routed to one expert, evenly thinned to at most `limit`, and what errors there cost."""
+
+    def __init__(self, study: LayerStudy, index: int, own: ExpertWeights, limit: int | None = None) -> None:
+        self._study, self._own = study, own
+        self._rows, weights = study.samples.routed(index, limit)
+        self.sums = {half: Sums() for half in HALVES}
+        inner = []
+        for part, hidden in zip(self._parts(), self.hidden(), strict=True):
+            rows, by_router = self._rows[part], weights[part].to(study.device)
+            gradient = float32_copy(study.samples.gradient[:, rows], study.device) * by_router[:, None]
+            of_gate_up = torch.stack([own.gate_up_gradient(hidden, one) for one in gradient])
+            inner.append(own.inner(hidden))
+            self.sums["gate_up"].see(hidden, of_gate_up)
+            self.sums["down"].see(inner[-1], gradient)
+        self.inner = torch.cat(inner)
+        """Inputs of down, [tokens, I]."""
+
+    def _parts(self) -> list[slice]:
+        return [slice(start, start + _TOKENS) for start in range(0, max(1, len(self._rows)), _TOKENS)]
+
+    def hidden(self) -> Iterator[torch.Tensor]:
+        """Inputs of gate_up, [tokens, H], some at a time."""
+        for part in self._parts():
+            yield float32_copy(self._study.samples.hidden[self._rows[part]], self._study.device)
+
+    def moment(self, half: str) -> torch.Tensor:
+        """The second moment of the inputs of a half, [columns, columns], mean diagonal 1."""
+        columns = getattr(self._own, half).shape[1]
+        parts = self.hidden() if half == "gate_up" else [self.inner]
+        return moment_of(parts, self.sums[half].token_weights(columns), columns)
 
 
 class ExpertGroup:
@@ -89,7 +98,7 @@ class ExpertGroup:
     def __init__(self, study: LayerStudy, members: list[int]) -> None:
         self.study, self.members = study, members
         self.experts = {index: ExpertWeights.of(study.layer, index, study.device) for index in members}
-        self._few: dict[int, _Traffic] = {}
+        self.traffic = {index: Traffic(study, index, own) for index, own in self.experts.items()}
 
     def weights(self, half: str, members: Sequence[int] | None = None) -> torch.Tensor:
         """The matrices of a half, of `members` or of all experts of the group, [experts, rows, columns]."""
@@ -98,36 +107,11 @@ class ExpertGroup:
     @cached_property
     def moments(self) -> dict[str, torch.Tensor]:
         """Half -> second moments of its inputs, [experts, columns, columns], mean diagonal 1."""
-        found: dict[str, list[torch.Tensor]] = {half: [] for half in HALVES}
-        for index, own in self.experts.items():
-            seen = self.study.traffic(index, own)
-            found["gate_up"].append(second_moment(seen.hidden, seen.gate_up_gradient))
-            found["down"].append(second_moment(seen.inner, seen.down_gradient))
-        return {half: torch.stack(moments) for half, moments in found.items()}
+        return {half: torch.stack([seen.moment(half) for seen in self.traffic.values()]) for half in HALVES}
 
     def moments_of(self, half: str, members: Sequence[int]) -> torch.Tensor:
         """The second moments of `members` only."""
         return self.moments[half][[self.members.index(index) for index in members]]
-
-    def rounding_costs(self, half: str, members: Sequence[int], grid: Grid) -> list[float]:
-        """KL per token of rounding `half` of each expert of `members` to `grid`: E[(g . (W_b - W) x)^2] / 2."""
-        samples, rounded, costs = self.study.samples, grid.values(), []
-        for position, index in enumerate(members):
-            error = rounded[position] - getattr(self.experts[index], half)
-            if not samples.counts[index]:
-                # No token was routed here: a tiny cost still prefers the codes that round the weights best.
-                costs.append(1e-12 * float(error.square().mean()))
-                continue
-            if index not in self._few:
-                self._few[index] = self.study.traffic(index, self.experts[index], COST_TOKENS)
-            seen = self._few[index]
-            inputs, gradient = (
-                (seen.hidden, seen.gate_up_gradient) if half == "gate_up" else (seen.inner, seen.down_gradient)
-            )
-            change = (linear(inputs, error) * gradient).sum(-1)
-            share = float(samples.counts[index]) / samples.num_tokens
-            costs.append(float(change.double().square().mean()) * share / 2)
-        return costs
 
     @torch.no_grad()
     def refit_down(self, index: int, gate_up: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,14 +120,15 @@ class ExpertGroup:
         Least squares from the inputs that down_proj will get to the outputs that it had before, with tokens weighted as
         in the moments, and regularized towards the original down_proj by 3 % of the mean diagonal.
         """
-        own = self.experts[index]
-        seen = self.study.traffic(index, own)
-        inner = own.inner(seen.hidden, gate_up.values()[0])
-        weighing = seen.down_gradient.square().sum(-1).mean(0)[:, None]
-        matrix = (inner * weighing).T @ inner
-        matrix += torch.diag(0.03 * matrix.diagonal().mean().clamp_min(1e-20).expand(len(matrix)))
-        target = inner.T @ ((seen.inner - inner) * weighing)
-        return own.down + own.down @ torch.linalg.solve(matrix, target).T, second_moment(inner, seen.down_gradient)
+        own, seen = self.experts[index], self.traffic[index]
+        inner = torch.cat([own.inner(hidden, gate_up.values()[0]) for hidden in seen.hidden()])
+        weighing = seen.sums["down"].squares
+        matrix = inner.T @ (inner * weighing[:, None])
+        matrix.diagonal().add_(0.03 * matrix.diagonal().mean().clamp_min(1e-20))
+        target = inner.T @ ((seen.inner - inner) * weighing[:, None])
+        weights = token_weights(weighing, inner.square().mean(-1), inner.shape[1])
+        down = own.down + own.down @ torch.linalg.solve(matrix, target).T
+        return down, moment_of([inner], weights, inner.shape[1])
 
     def round(self, rounder: Rounder, schemes: Mapping[int, tuple[Scheme, Scheme]]) -> dict[int, ExpertGrids]:
         """Expert -> its grids, given the schemes (gate_up, down) of experts of the group.

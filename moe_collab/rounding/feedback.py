@@ -12,7 +12,7 @@ import torch
 from .grid import Grid
 from .loops import BLOCK, descend_block, feed_back_block, fitted_scale
 
-__all__ = ["Factored", "descend", "factored", "feed_back", "loss"]
+__all__ = ["Factored", "descend", "factored", "feed_back", "left_over", "loss"]
 
 _DAMPING = 0.007
 """Share of the mean diagonal that is added to the diagonal for feedback alone."""
@@ -25,8 +25,8 @@ class Factored(NamedTuple):
     """int64 [batch, columns], the least important column first."""
     factor: torch.Tensor
     """L, unit lower triangular, [batch, columns, columns]."""
-    left_over: torch.Tensor
-    """D [batch, columns], of the columns as they were: what a unit error there costs after all feedback."""
+    diagonal: torch.Tensor
+    """D [batch, columns]."""
 
 
 def factored(moments: torch.Tensor) -> Factored:
@@ -38,14 +38,20 @@ def factored(moments: torch.Tensor) -> Factored:
     factor = torch.linalg.cholesky(ordered, out=ordered)
     pivots = factor.diagonal(dim1=-2, dim2=-1).clone()
     factor /= pivots[:, None, :]
-    return Factored(order, factor, torch.empty_like(pivots).scatter_(1, order, pivots.square()))
+    return Factored(order, factor, pivots.square())
+
+
+def left_over(moments: torch.Tensor) -> torch.Tensor:
+    """What a squared rounding error in each column costs once `feed_back` has made up for it, [batch, columns]."""
+    found = factored(moments)
+    return torch.empty_like(found.diagonal).scatter_(1, found.order, found.diagonal)
 
 
 def feed_back(weights: torch.Tensor, found: Factored, grid: Grid) -> None:
     """GPTQ (arXiv 2210.17323) with static activation order: sets `grid.codes`, keeping its scales and zeros.
 
-    Columns are rounded in turn. With e the errors so far, column j is w_j - sum_i e_i L_ij when its turn comes, which is
-    what GPTQ's inverse gives too (arXiv 2307.13304, theorem 6), for half the arithmetic. `weights` [batch, rows,
+    Columns are rounded in turn. With e the errors so far, column j is w_j - sum_i e_i L_ij when its turn comes. That is
+    what GPTQ's inverse gives too (arXiv 2307.13304, theorem 6), for half the arithmetic. `weights` are [batch, rows,
     columns].
     """
     left = weights.gather(2, found.order[:, None, :].expand_as(weights))

@@ -44,8 +44,6 @@ class Grid:
         return Grid(self.scheme, codes, scales, zeros)
 
 
-def nearest(
-    weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: tuple[int, int]
-) -> torch.Tensor:
+def nearest(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: tuple[int, int]) -> torch.Tensor:
     """The code nearest to each weight between the smallest and the largest of `levels`."""
     return ((weights / scales).round() + zeros).clamp(*levels)

@@ -50,8 +50,7 @@ def search(
 
     The loss is the squared error weighted by `importance` [batch, columns].
     """
-    batch, rows, columns = weights.shape
-    grouped = weights.reshape(batch, rows, -1, group)
+    rows, grouped = weights.shape[1], weights.reshape(*weights.shape[:2], -1, group)
     found = [torch.empty(grouped.shape[:3], device=weights.device) for _ in range(3)]
     count = max(1, _CANDIDATE_BYTES // (4 * 64 * grouped.shape[2]))
     best_of = _compiled_search if _is_compiled(weights.device.type) else _search
@@ -125,7 +124,11 @@ def _feed_back_block(
 ) -> torch.Tensor:
     by_column = order[:, None, :].expand(-1, weights.shape[1], -1)
     by_group = by_column // grid.group
-    weights, scales, zeros = weights.gather(2, by_column), grid.scales.gather(2, by_group), grid.zeros.gather(2, by_group)
+    weights, scales, zeros = (
+        weights.gather(2, by_column),
+        grid.scales.gather(2, by_group),
+        grid.zeros.gather(2, by_group),
+    )
     codes, errors = torch.empty_like(weights), torch.empty_like(weights)
     for j in reversed(range(codes.shape[2])):
         codes[:, :, j] = nearest(left[:, :, j], scales[:, :, j], zeros[:, :, j], grid.scheme.levels)

@@ -30,7 +30,10 @@ class Rounder:
     scale_dtype: torch.dtype = torch.bfloat16
 
     def __call__(self, weights: torch.Tensor, moments: torch.Tensor, scheme: Scheme) -> Grid:
-        """Round `weights` [batch, rows, columns] to `scheme`; `moments` [batch, columns, columns] are of their inputs."""
+        """Round `weights` [batch, rows, columns] to `scheme`.
+
+        `moments` [batch, columns, columns] are second moments of their inputs, positive definite.
+        """
         rows = weights.float()
         grid = best_grid(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
         grid.scales = self._narrowed(grid.scales)

@@ -11,7 +11,7 @@ from ..formats import TERNARY, Scheme
 from .grid import Grid, nearest
 from .loops import search
 
-__all__ = ["best_grid"]
+__all__ = ["best_grid", "nearest_loss"]
 
 _TINY = 1e-9
 
@@ -26,6 +26,12 @@ def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -
     grid = Grid(scheme, torch.empty_like(weights), scales, zeros)
     grid.codes = nearest(weights, grid.wide(scales), grid.wide(zeros), scheme.levels)
     return grid
+
+
+def nearest_loss(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The loss that `best_grid` reaches, summed over columns, [batch, rows]."""
+    group = scheme.group_of(weights.shape[2])
+    return search(weights, importance, group, partial(_candidates, scheme=scheme), scheme.levels)[0].sum(-1)
 
 
 def _candidates(grouped: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_collab.formats import TERNARY, Scheme
-from moe_collab.rounding import Rounder
-from moe_collab.rounding.feedback import coordinate_descent, damped, feed_back, loss, refit
+from moe_collab.rounding import Rounder, left_over, loops, nearest_loss
+from moe_collab.rounding.feedback import descend, factored, feed_back, loss
 from moe_collab.rounding.scales import best_grid
 
 SCHEMES = [
@@ -25,13 +25,14 @@ def problem(batch: int = 3, rows: int = 16, columns: int = 256):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch, 600, columns, generator=generator) * torch.rand(columns, generator=generator)
     inputs += inputs.roll(1, -1)
-    return torch.randn(batch, rows, columns, generator=generator), inputs.mT @ inputs / 600
+    moments = inputs.mT @ inputs / 600 + 0.003 * torch.eye(columns)
+    return torch.randn(batch, rows, columns, generator=generator), moments
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_codes_and_zeros_are_integers_of_the_scheme(scheme):
     weights, moments = problem()
-    grid = Rounder()(weights, moments[:, None], scheme)
+    grid = Rounder()(weights, moments, scheme)
     low, high = scheme.levels
     assert torch.equal(grid.codes, grid.codes.round()) and torch.equal(grid.zeros, grid.zeros.round())
     assert grid.codes.min() >= low and grid.codes.max() <= high
@@ -43,36 +44,64 @@ def test_codes_and_zeros_are_integers_of_the_scheme(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES[:5], ids=str)
 def test_each_stage_lowers_the_loss(scheme):
     weights, moments = problem()
-    moments = damped(moments, 0.003)
     grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), scheme)
     losses = [loss(weights, moments, grid).sum()]
-    feed_back(weights, moments, grid)
+    feed_back(weights, factored(moments), grid)
     losses.append(loss(weights, moments, grid).sum())
-    for _ in range(2):
-        refit(weights, moments, grid)
-        coordinate_descent(weights, moments, grid, passes=1)
+    for _ in range(3):
+        descend(weights, moments, grid, 1, torch.float32)
         losses.append(loss(weights, moments, grid).sum())
     assert all(later < earlier for earlier, later in pairwise(losses))
+
+
+def test_feedback_is_gptq():
+    """As arXiv 2210.17323 writes it, column by column with the inverse's triangle, in the same order."""
+    weights, moments = problem(1, 8, 96)
+    grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), Scheme(4, 32))
+    found = factored(moments)
+    feed_back(weights, found, grid)
+    order = found.order[0].flip(0)
+    damped = moments[0] + 0.007 * moments[0].diagonal().mean() * torch.eye(96)
+    inverse = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order].double()), upper=True)
+    left, scales = weights[0][:, order].double(), grid.wide(grid.scales)[0][:, order].double()
+    for j in range(96):
+        code = (left[:, j] / scales[:, j]).round().clamp(-8, 7)
+        assert torch.equal(code.float(), grid.codes[0, :, order[j]])
+        error = (left[:, j] - code * scales[:, j]) / inverse[j, j]
+        left[:, j + 1 :] -= error[:, None] * inverse[j, None, j + 1 :]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_loops_do_what_torch_does(scheme, dtype, monkeypatch):
+    weights, moments = problem(2, 21)  # rows that fill no whole number of vectors
+    assert loops._is_compiled("cpu")
+    compiled = Rounder(scale_dtype=dtype)(weights, moments, scheme)
+    monkeypatch.setattr(loops, "_is_compiled", lambda device: False)
+    plain = Rounder(scale_dtype=dtype)(weights, moments, scheme)
+    torch.testing.assert_close(loss(weights, moments, compiled), loss(weights, moments, plain), rtol=1e-3, atol=0)
+    assert (compiled.codes != plain.codes).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
+def test_what_feedback_leaves_is_known_beforehand(scheme):
+    weights, moments = problem(1, 256)
+    predicted = nearest_loss(weights, left_over(moments), scheme).sum()
+    grid = Rounder(descent=False)(weights, moments, scheme)
+    assert loss(weights, moments, grid).sum() / predicted == pytest.approx(1.0, abs=0.15)
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
     weights, moments = problem(1, 4, 96)
     results = []
     for block in (96, 32):
-        monkeypatch.setattr("moe_collab.rounding.feedback._BLOCK", block)
-        results.append(Rounder()(weights, moments[:, None], Scheme(3, 32, False)))
+        monkeypatch.setattr("moe_collab.rounding.feedback.BLOCK", block)
+        results.append(Rounder()(weights, moments, Scheme(3, 32, False)))
     assert torch.equal(results[0].codes, results[1].codes)
     torch.testing.assert_close(results[0].values(), results[1].values())
 
 
-def test_row_blocks_are_rounded_by_their_own_moments():
-    weights, moments = problem(1, 8)
-    both = Rounder()(weights, torch.stack([moments[0], torch.eye(256)])[None], Scheme(2, 64))
-    first = Rounder()(weights[:, :4], moments[:, None], Scheme(2, 64))
-    assert torch.equal(both.codes[:, :4], first.codes)
-
-
 def test_nothing_known_of_the_inputs_rounds_to_finite_values():
     weights, _ = problem()
-    grid = Rounder()(weights, torch.eye(256).expand(3, 1, -1, -1), Scheme(2, 64, False))
+    grid = Rounder()(weights, torch.eye(256).expand(3, -1, -1), Scheme(2, 64, False))
     assert torch.isfinite(grid.values()).all() and grid.values().any()
