@@ -32,7 +32,7 @@ from .run import Calibration
 from .samples import LinearSamples, evenly
 from .study import HALVES, LayerStudy, Traffic
 
-__all__ = ["RoundingProblem", "expert_problems", "rounding_costs"]
+__all__ = ["RoundingProblem", "expert_problems", "linear_problem", "rounding_costs"]
 
 Options = Callable[[str], Sequence[Scheme]]
 """Matrix name -> the schemes whose costs are wanted."""
@@ -126,7 +126,7 @@ class _Costs:
             for half, problem in expert_problems(study, int(index)).items():
                 yield half, [f"{expert}.{projection}" for projection in _PROJECTIONS[half]], problem
         elif what in of_linears:
-            yield "other", [what], _linear_problem(of_linears[what])
+            yield "other", [what], linear_problem(of_linears[what])
 
     def predict(self, what: str) -> dict[str, Any]:
         """Costs of the experts of a layer, or of a Linear, without the factors."""
@@ -202,7 +202,7 @@ def expert_problems(study: LayerStudy, index: int) -> dict[str, RoundingProblem]
     return found
 
 
-def _linear_problem(samples: LinearSamples) -> RoundingProblem:
+def linear_problem(samples: LinearSamples) -> RoundingProblem:
     device = compute_device()
     weight, inputs, gradient = (
         float32_copy(tensor, device) for tensor in (samples.module.weight, samples.inputs, samples.gradient)

@@ -16,6 +16,7 @@ from moe_collab.calibration import (
     mean_kl,
 )
 from moe_collab.calibration.at_hand import shadowed
+from moe_collab.calibration.costs import linear_problem
 from moe_collab.calibration.live import predict
 from moe_collab.calibration.teacher import kl_of, teach
 from moe_collab.calibration.tuning import tune_grids
@@ -79,7 +80,7 @@ def test_costs_of_linears_predict_kl(model, batches):
     modules = {name: model.get_submodule(name) for name in (inner, "lm_head")}
     _, samples = Calibration(model, describe(model), [*batches, batches[-1]]).samples(modules)
     weights = {name: seen.rounded(NEAREST, scheme).values()[0] for name, seen in samples.items()}
-    predicted = {name: seen.costs(NEAREST, [scheme])[0] for name, seen in samples.items()}
+    predicted = {name: linear_problem(seen).predicted(NEAREST, scheme) for name, seen in samples.items()}
     with float32_weights(model), torch.no_grad():
         base = [log_probabilities(model, batch) for batch in batches]
         with shadowed({modules[inner]: {"weight": weights[inner]}}):

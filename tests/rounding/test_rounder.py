@@ -83,7 +83,7 @@ def test_compiled_loops_do_what_torch_does(scheme, dtype, monkeypatch):
     assert (compiled.codes != plain.codes).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES[3:], ids=str)
 def test_what_feedback_leaves_is_known_beforehand(scheme):
     weights, moments = problem(1, 256)
     predicted = nearest_loss(weights, left_over(moments), scheme).sum()
