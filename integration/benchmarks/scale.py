@@ -25,6 +25,7 @@ from typing import Any
 from moe_collab import MoeCollabError
 
 from ..compress import FIXTURE
+from .expert_speed import EXPERTS, growth_row, speed_row
 from .peak import machine
 from .rows import Rows
 from .sampled import extrapolated
@@ -70,6 +71,8 @@ CASES = {
     },
 }
 EQUAL = [f"equal-{family}" for family in FAMILIES]
+GROWTH = "rounding-growth"
+ROWS_OF_ALL = [*CASES, *EQUAL, *EXPERTS, GROWTH]
 
 
 class ScaleBench:
@@ -84,9 +87,9 @@ class ScaleBench:
         """The row `name`, made now unless it is there. Whatever happens, its files are deleted, but for its logs."""
         folder = self._folder / name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        make = self._compressed if name in self._cases else self._equal
+        make = self._compressed if name in self._cases else speed_row if name in EXPERTS else self._equal
         try:
-            self.rows.add({"row": name}, partial(make, name, folder))
+            self.rows.add({"row": name}, partial(growth_row, folder) if name == GROWTH else partial(make, name, folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -133,7 +136,7 @@ class ScaleBench:
 def main() -> int:
     """Make the rows that are asked for and not there yet, print the table; 0 if all could be made and hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=[*CASES, *EQUAL], choices=[*CASES, *EQUAL], metavar="ROW")
+    parser.add_argument("--rows", nargs="*", default=ROWS_OF_ALL, choices=ROWS_OF_ALL, metavar="ROW")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--serve-python", type=Path, help="python of the environment with vLLM, for rows that serve")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)

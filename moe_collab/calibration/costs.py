@@ -40,7 +40,7 @@ Options = Callable[[str], Sequence[Scheme]]
 _PROJECTIONS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _TOKENS = 2048
 """Most routed tokens of an expert from which its costs are computed; they stand for all."""
-_ROWS = 512
+_ROWS = 256
 """Most rows of a matrix that its costs are computed from; they stand for all."""
 _ROUNDED = 8
 """Experts, and Linears beside them, that are really rounded."""

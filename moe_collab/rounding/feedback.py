@@ -33,7 +33,9 @@ def factored(moments: torch.Tensor) -> Factored:
     """The LDL decomposition of `moments` [batch, columns, columns], positive definite, for `feed_back`."""
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(-1)
-    ordered = torch.stack([own[by][:, by] for own, by in zip(moments, order, strict=True)])
+    ordered = torch.empty_like(moments)
+    for own, by, target in zip(moments, order, ordered, strict=True):
+        torch.index_select(own.index_select(0, by), 1, by, out=target)
     ordered.diagonal(dim1=-2, dim2=-1).add_(_DAMPING * diagonal.mean(-1, keepdim=True).clamp_min(1e-20))
     factor = torch.linalg.cholesky(ordered, out=ordered)
     pivots = factor.diagonal(dim1=-2, dim2=-1).clone()
