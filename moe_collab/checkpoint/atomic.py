@@ -94,7 +94,7 @@ def check_output_directory(directory: str | Path) -> None:
 
 
 @contextmanager
-def replace_directory(directory: str | Path) -> Iterator[Path]:
+def replace_directory(directory: str | Path, resumable: bool = False) -> Iterator[Path]:
     """Yield an empty hidden directory inside `directory`; when the block succeeds, its files move to `directory`.
 
     Files of the same name are replaced. So are the weights of an older checkpoint, if a checkpoint was written. All
@@ -102,13 +102,16 @@ def replace_directory(directory: str | Path) -> Iterator[Path]:
     `Rejected` it is kept in `.moe-collab-rejected`. If the moves fail they are taken back, and the complete new files
     are kept in `.moe-collab-complete`. Raises `MoeCollabError` if `directory` is a file or may not be written, before
     the block runs.
+
+    If it is `resumable`, the hidden directory is yielded with all that a killed process has left in it. What the block
+    wrote also stays there if it is interrupted, or if something fails that can be cured, such as a full disk.
     """
     target = Path(directory).resolve()
     created = [path for path in (target, *target.parents) if not os.path.lexists(path)]
     try:
-        with _in_words(target):
-            _prepare(target)
-            with _discarded_on_error(target):
+        with _in_words(target, resumable):
+            _prepare(target, resumable)
+            with _discarded_on_error(target, resumable):
                 yield target / PARTIAL
             _move_out(target)
     finally:
@@ -122,14 +125,14 @@ def was_cut_off(directory: Path) -> bool:
     return has_journal(directory / PARTIAL)
 
 
-def _prepare(target: Path) -> None:
-    """Make an empty staging directory, after ending what an older save has left behind."""
+def _prepare(target: Path, resumable: bool) -> None:
+    """Make a staging directory, empty unless it is `resumable`, after ending what an older save has left behind."""
     _end_moves_of_killed_save(target)
     _check_is_directory(target)
     staged = target / PARTIAL
-    if staged.exists():
+    if staged.exists() and not resumable:
         shutil.rmtree(staged)
-    staged.mkdir(parents=True)
+    staged.mkdir(parents=True, exist_ok=True)
 
 
 def _check_is_directory(target: Path) -> None:
@@ -148,8 +151,11 @@ def _end_moves_of_killed_save(target: Path) -> None:
 
 
 @contextmanager
-def _discarded_on_error(target: Path) -> Iterator[None]:
-    """Remove what the block has staged if it fails, or put it aside if it is `Rejected`."""
+def _discarded_on_error(target: Path, resumable: bool) -> Iterator[None]:
+    """Remove what the block has staged if it fails, or put it aside if it is `Rejected`.
+
+    If it is `resumable`, only what we refuse is removed, for we would refuse it again.
+    """
     staged = target / PARTIAL
     try:
         yield
@@ -157,8 +163,11 @@ def _discarded_on_error(target: Path) -> Iterator[None]:
         kept = rename_hidden(staged, target / REJECTED)
         said = str(error).replace(str(staged), str(kept))
         raise MoeCollabError(f"{said}\nIt was kept in {kept}, to look at; {target} is otherwise as it was.") from error
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+    except BaseException as error:
+        if not resumable or isinstance(error, MoeCollabError):
+            shutil.rmtree(staged, ignore_errors=True)
+        with suppress(OSError):  # it is gone, or has files in it
+            staged.rmdir()
         raise
 
 
@@ -178,8 +187,8 @@ def _failed_moves(target: Path, failure: NotMoved) -> MoeCollabError:
 
 
 @contextmanager
-def _in_words(target: Path) -> Iterator[None]:
-    """Raise what the file system refuses in the block as a `MoeCollabError` that says what to do."""
+def _in_words(target: Path, resumable: bool = False) -> Iterator[None]:
+    """Raise what the file system refuses in the block as a `MoeCollabError` that says what to do, and what is kept."""
     try:
         yield
     except MoeCollabError:
@@ -189,6 +198,8 @@ def _in_words(target: Path) -> Iterator[None]:
         if remedy is None and not isinstance(error, OSError):
             raise
         remedy = remedy or "the file system refused. Free the cause, or name another directory"
+        if resumable and (target / PARTIAL).exists():
+            remedy += f"; then start the same run again: the files that are finished are kept in {target / PARTIAL}"
         raise MoeCollabError(f"{target}: nothing was saved: {remedy}. ({error})") from error
 
 

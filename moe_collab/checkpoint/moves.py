@@ -9,7 +9,7 @@ finds one finds all files of the same checkpoint, and never shards of two, even 
 
 A journal in the hidden directory, written before the first move, lists all moves. A process that is killed leaves:
 
-- before the journal: the old checkpoint whole, and a hidden directory that the next save deletes;
+- before the journal: the old checkpoint whole, and a hidden directory that the next save deletes or goes on with;
 - in (1) or (2): no config.json, all files either in place or hidden, and the journal. `Checkpoint` says so when it is
   asked to read; the next save, or `check_output_directory`, ends the moves (what is done is seen from where each file
   lies), so that the new checkpoint, which was verified before, is there;

@@ -137,6 +137,19 @@ def test_what_is_half_written_is_removed(error, tmp_path):
     assert len(files(target)) == 3
 
 
+def test_what_is_resumable_is_removed_only_if_we_refuse_it(tmp_path):
+    target = tmp_path / "deep" / "out"
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "full"), MoeCollabError)):
+        with pytest.raises(raised), replace_directory(target, resumable=True) as staged:
+            (staged / "first").write_text("first")
+            raise error
+        assert files(target) == [f"{PARTIAL}/first"]
+    with pytest.raises(MoeCollabError, match="x"), replace_directory(target, resumable=True) as staged:
+        assert (staged / "first").read_text() == "first"
+        raise MoeCollabError("x")
+    assert not list(target.iterdir())
+
+
 def test_what_is_rejected_is_kept_out_of_the_way(tmp_path):
     save(tmp_path, 1.0)
     for new in (2.0, 3.0):

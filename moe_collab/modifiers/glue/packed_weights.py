@@ -27,7 +27,8 @@ class PackedCache(OffloadCache):
 
     def __init__(self, inner: DiskCache, rounded: PackedGrid) -> None:
         self._inner, self._scheme, self._shape = inner, rounded.scheme, rounded.shape
-        self._words = rounded.words
+        self.words = rounded.words
+        """The packed codes."""
         weight = inner.offloaded_values["weight"]
         empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         self._weight = nn.Parameter(empty, requires_grad=False)
@@ -52,7 +53,7 @@ class PackedCache(OffloadCache):
         if offloaded is not self._weight:
             return self._inner.onload(offloaded)
         zeros = None if self._scheme.symmetric else self["weight_zero_point"]
-        rounded = PackedGrid(self._scheme, self._shape, self._words, self["weight_scale"], zeros)
+        rounded = PackedGrid(self._scheme, self._shape, self.words, self["weight_scale"], zeros)
         return nn.Parameter(
             rounded.values(torch.device(self.onload_device)).to(self._weight.dtype), requires_grad=False
         )

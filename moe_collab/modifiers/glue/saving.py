@@ -17,7 +17,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import susp
 from loguru import logger
 
 from ...allocation.budget import format_bytes, parse_bytes
-from ...checkpoint.atomic import Rejected, check_output_directory, replace_directory
+from ...checkpoint.atomic import Rejected, check_output_directory, remedy_for, replace_directory
 from ...checkpoint.groups import write_quantization_config
 from ...checkpoint.shards import write_shards
 from ...checkpoint.sizes import DEFAULT_SHARD_SIZE
@@ -30,9 +30,11 @@ from ...pruning import check_masks
 from ...pruning.surgery import sync_config
 from .compat import output_directory
 from .description import write_description
+from .finished_files import FinishedFiles
 from .live_tensors import LiveTensors
 from .naming import use_checkpoint_names
 from .quantizers import check_formats
+from .work import saved_before
 
 __all__ = ["expect_plan", "install_save"]
 
@@ -115,13 +117,15 @@ def _check_not_source(model: Any, directory: str | Path) -> None:
 
 def _save(model: Any, directory: Path, shard_size: int, compressed: bool) -> None:
     _check_not_source(model, directory)
-    with replace_directory(directory) as staged:
+    known = saved_before(model)
+    with replace_directory(directory, resumable=known is not None) as staged:
         moe = describe(model)
         check_masks(moe)
         sync_config(model, moe)
         tensors = LiveTensors(model, compressed)
-        digests = _write_weights(tensors, staged, shard_size)
-        with _kept_whatever_fails():
+        finished = None if known is None else FinishedFiles(known, model, tensors, directory, shard_size)
+        digests = _write_weights(tensors, staged, shard_size, finished)
+        with _kept_whatever_fails(resumable=finished is not None):
             write_description(model, staged, compressed, tensors.ties_head)
             if tensors.schemes:
                 write_quantization_config(staged, tensors.schemes, tensors.unquantized)
@@ -129,9 +133,11 @@ def _save(model: Any, directory: Path, shard_size: int, compressed: bool) -> Non
     _warn_of_neighbours(directory)
 
 
-def _write_weights(tensors: LiveTensors, staged: Path, shard_size: int) -> dict[str, Digest]:
+def _write_weights(
+    tensors: LiveTensors, staged: Path, shard_size: int, finished: FinishedFiles | None
+) -> dict[str, Digest]:
     try:
-        return write_shards(staged, tensors.entries, tensors.make, shard_size)
+        return write_shards(staged, tensors.entries, tensors.make, shard_size, finished)
     except Rejected:
         raise
     except MoeCollabError as error:
@@ -143,13 +149,18 @@ def _write_weights(tensors: LiveTensors, staged: Path, shard_size: int) -> dict[
 
 
 @contextmanager
-def _kept_whatever_fails() -> Iterator[None]:
-    """Once the weights are written, no error in the block discards them: they are kept in the rejected place."""
+def _kept_whatever_fails(resumable: bool) -> Iterator[None]:
+    """Once the weights are written, no error in the block discards them: they are kept in the rejected place.
+
+    If the save is `resumable`, what the file system refuses leaves them where the same run, started again, takes them.
+    """
     try:
         yield
     except Rejected:
         raise
     except Exception as error:
+        if resumable and remedy_for(error):
+            raise
         raise Rejected(f"the weights are written, but what follows failed: {error!r}") from error
 
 

@@ -18,30 +18,28 @@ from typing import Any
 import llmcompressor
 import torch
 import yaml
-from compressed_tensors.offload.cache import DiskCache
 from filelock import FileLock, Timeout
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 
 from ...calibration.at_hand import compute_device
-from ...calibration.results import key_of
+from ...calibration.results import Results, key_of
 from ...checkpoint.atomic import check_output_directory, replace_text
 from ...distributed import everyones, is_source_process, wait
 from ...errors import MoeCollabError
 from .compat import output_directory, when_run_ends
 from .data import one_pass
 from .domains import token_domains
+from .likeness import few_of_each
 from .outline import model_fingerprint
 from .recipe import modifiers_of_this_pass
 
-__all__ = ["Work", "oneshot", "open_work", "work_of"]
+__all__ = ["Work", "oneshot", "open_work", "saved_before", "work_of"]
 
 _WORK: ContextVar[str | None] = ContextVar("work", default=None)
 _IDENTITY, _LOCK = "run.json", "moe-collab.lock"
 _PACKAGES = ("moe-collab", "llmcompressor", "compressed-tensors", "transformers", "torch")
-_SOME = 64
-"""Values of each tensor that are compared."""
 _PLACES = {"work", "plan", "costs", "statistics"}
 """Fields of modifiers that only say where something is kept."""
 
@@ -72,6 +70,8 @@ class Work:
         if is_source_process():
             self._begin(identity)
         wait()
+        self.saved = Results(folder / "saved", durable=True)
+        """What is known of the files in which the result is saved."""
 
     def _begin(self, identity: dict[str, str]) -> None:
         folder, known, output = self.folder, self.folder / _IDENTITY, output_directory()
@@ -108,6 +108,11 @@ class Work:
                 f"{'are' if len(others) > 1 else 'is'} not the same. Name another directory, or delete this one."
             )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run goes on; only the source process knows."""
+        return self._lock.is_locked
+
     def section(self, modifier: Modifier) -> Path:
         """The folder of what a modifier of the recipe keeps."""
         return self.folder / self._sections[id(modifier)]
@@ -127,6 +132,16 @@ def work_of(state: State) -> Work | None:
     return vars(state.data).get("work")
 
 
+def saved_before(model: Any) -> Results | None:
+    """What is known of the files in which `model` is saved, if a run with a directory is at work on it.
+
+    The source process may ask.
+    """
+    state = active_session().state
+    work = work_of(state)
+    return work.saved if work is not None and work.is_open and state.model is model else None
+
+
 def open_work(state: State) -> None:
     """Open the directory that the run is to work in, if there is to be one, unless it is open already."""
     everywhere = [_WORK.get(), *(getattr(modifier, "work", None) for modifier in modifiers_of_this_pass())]
@@ -136,7 +151,7 @@ def open_work(state: State) -> None:
     if len(named) > 1:
         raise MoeCollabError(f"`work`: one run works in one directory, but {sorted(map(str, named))} are named.")
     identity = {
-        "model": key_of(model_fingerprint(state.model), _config(state.model), _weights(state.model)),
+        "model": key_of(model_fingerprint(state.model), _config(state.model), few_of_each(state.model)),
         "recipe": key_of(_recipe()),
         "data": key_of(*everyones(list(map(_content, one_pass(state)))), _domains(state)),
         "device": compute_device().type,
@@ -165,32 +180,6 @@ def _domains(state: State) -> str:
 
 def _config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-
-
-def _weights(model: Any) -> list[str]:
-    """What tells a model's weights from others: the files they are in, and a few values of those that are in memory."""
-    found = set()
-    for name, module in model.named_modules():
-        for cache in (module._parameters, module._buffers):
-            if isinstance(cache, DiskCache):
-                entries = (cache.index[value] for value in cache.offloaded_values.values() if value is not None)
-                found |= {_file(Path(entry["safetensors_file"]).resolve()) for entry in entries}
-            else:
-                tensors = ((own, value) for own, value in cache.items() if isinstance(value, torch.Tensor))
-                found |= {f"{name}.{own} {_values(value)}" for own, value in tensors}
-    return sorted(found)
-
-
-def _file(path: Path) -> str:
-    status = path.stat()
-    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
-
-
-def _values(tensor: torch.Tensor) -> str:
-    """The type, and digits that change with most changes of the values."""
-    flat = tensor.detach().flatten()
-    some = flat[:: max(1, len(flat) // _SOME)][:_SOME].cpu().double()
-    return f"{tensor.dtype} {blake2b(some.numpy().tobytes(), digest_size=8).hexdigest()}"
 
 
 def _recipe() -> Any:
