@@ -53,10 +53,7 @@ def measure(shapes: list[list[int]], tokens: int, with_costs: bool) -> dict[str,
     old = hasattr(moments, "second_moments")
     for weights, inputs, gradients in matrices(shapes, tokens):
         with stage("moments", taken):
-            if old:
-                moment = moments.second_moments(inputs, gradients[0])
-            else:
-                moment = moments.second_moment(inputs, gradients)
+            moment = moments.second_moments(inputs, gradients[0]) if old else moments.second_moment(inputs, gradients)
         with stage("rounding", taken):
             Rounder()(weights[None], moment[None], Scheme(4, 128))
         with stage("costs", taken):
