@@ -86,6 +86,7 @@ bench-recipes: .venv/compress/.ready
 # deleted from build/bench/scale.json is measured anew.
 bench-scale: environments $(KERNELS)
 	$(COMPRESS)/python -m integration.benchmarks.scale --serve-python $(SERVE)/python
+	$(COMPRESS)/python -m integration.benchmarks.plot build/bench
 
 # What works for each family, on tiny random models: half an hour. Writes the table in README.md too.
 bench-families: environments $(KERNELS)

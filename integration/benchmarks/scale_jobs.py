@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.utils import load_context
 from loguru import logger
@@ -18,8 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from moe_collab import oneshot
+from moe_collab.allocation import CostTable
+from moe_collab.allocation.decide import Decided, compression_plan
 from moe_collab.distributed import is_source_process
 from moe_collab.modifiers.glue.compat import keep_attention_causal
+from moe_collab.modifiers.glue.outline import model_fingerprint
+from moe_collab.modifiers.mixed_bit_alloc import MixedBitAllocModifier
 
 from ..compress import calibration, checkpoint_size, recipe
 from ..served import assert_equal, generate, generate_with_transformers
@@ -29,6 +34,7 @@ from .ways import die_after
 
 __all__ = ["SAMPLED", "digest", "load", "run_job"]
 
+_FOUR_BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 LENGTH, BATCH = 128, 8
 """Of calibration sequences."""
 SAMPLED = "sampled"
@@ -69,6 +75,9 @@ def run_job(job: dict[str, Any], folder: Path) -> None:
 def _compress(model: Any, job: dict[str, Any], data: DataLoader, work: Path) -> dict[str, Any]:
     """Run the recipe and save to `work`; the size and the digests of what was written."""
     announce("prepare")
+    if job["recipe"] == "plan":
+        work.mkdir(parents=True, exist_ok=True)
+        write_plan(model, job["recipe"], work)
     # What a run that is started again finds: its `work` directory, and the files that its recipe names.
     checkpoint, files = work / "checkpoint", Path(f"{job['work']}-files") if "work" in job else work
     oneshot(
@@ -89,8 +98,25 @@ def steps(name: str, folder: Path) -> str:
     options = {"bits": [2, 4], "group_size": 128, "symmetric": True}  # few, for time: memory is what is measured
     allocate = {"MixedBitAllocModifier": {"bpw": 3.0} | options | plan}
     quantize = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
-    modifiers: dict[str, list[dict]] = {"prune": [prune], "all": [prune, allocate, quantize]}
+    experts = {"targets": ["re:.*\\.experts\\.\\d+\\.(gate|up|down)_proj$"], "weights": _FOUR_BITS}
+    alike = {"ignore": ["lm_head"], "config_groups": {"experts": experts}}
+    modifiers: dict[str, list[dict]] = {
+        "prune": [prune],
+        "all": [prune, allocate, quantize],
+        "stock GPTQ": [{"GPTQModifier": alike}],
+        "our rounding": [{"FisherGPTQModifier": alike}],
+        "plan": [allocate, {"QuantizationModifier": {"ignore": ["lm_head"]}}],
+    }
     return recipe(*modifiers[name])
+
+
+def write_plan(model: Any, name: str, folder: Path) -> None:
+    """The plan that the recipe `name` will find: somebody else's, so no costs are known here."""
+    fields = yaml.safe_load(steps(name, folder))["compress_stage"]["step0_modifiers"]["MixedBitAllocModifier"]
+    modifier = MixedBitAllocModifier(**fields)
+    planner = modifier.planner(model)
+    decided = Decided(planner.cheapest(CostTable()), CostTable())
+    compression_plan(planner, decided, model_fingerprint(model), modifier._recipe_digest()).save(fields["plan"])
 
 
 def random_tokens(vocabulary: int, tokens: int) -> DataLoader:

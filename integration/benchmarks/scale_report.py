@@ -15,6 +15,9 @@ FLAT = {"layers": 0.05, "tokens": 0.20}
 CEILINGS = {"olmoe-16": 5_000_000_000, "deepseek-layer": 12_000_000_000}
 """Row -> most bytes of memory that it may take."""
 
+SPEED = {"expert-qwen3-30b": 1 / 4, "expert-deepseek-v3": 1 / 3}
+"""Row -> most time that rounding may take, as a share of the old engine's."""
+
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The README's tables, in markdown: what runs took, what sampled stages took, which checkpoints are equal."""
@@ -38,7 +41,35 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines += [line for row in sampled for line in _stages(row)]
         lines += ["", *(_prediction(row) for row in sampled)]
     lines += [_comparison(row) for row in rows if "equal" in row]
+    lines += _speed([row for row in rows if "core_hours" in row])
+    lines += [_growth(row) for row in rows if "grown" in row]
     return "\n".join(lines)
+
+
+def _speed(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What an expert of each model takes, beside the old engine, and all of them."""
+    if rows:
+        yield ""
+        yield "| processor seconds of an expert | moments | rounding | costs of all schemes | all experts, core hours |"
+        yield "|---|--:|--:|--:|--:|"
+    for row in rows:
+        for engine in ("old", "new"):
+            seconds = " | ".join(f"{row[engine][stage]:.1f}" for stage in row["core_hours"])
+            hours = f"{sum(row['core_hours'].values()):.1f}" if engine == "new" else ""
+            yield f"| {row['row'].removeprefix('expert-')}, {engine} | {seconds} | {hours} |"
+        yield (
+            f"| | | {row['rounding_ratio']:.2f} of the old, {row['share_of_peak']:.0%} of a product's rate "
+            f"| {row['costs_per_rounding']:.2f} of moments and rounding | |"
+        )
+
+
+def _growth(row: dict[str, Any]) -> str:
+    grown = row["grown"]
+    seconds = ", ".join(f"{c:,}: {s:.2f} s" for c, s in zip(grown["columns"], grown["rounding_seconds"], strict=True))
+    return (
+        f"Rounding 1,024 rows by columns: {seconds}. Time grows with power {grown['time_exponent']:.2f} of them, "
+        f"memory with {grown['memory_exponent']:.2f} (scale.svg)."
+    )
 
 
 def _comparison(row: dict[str, Any]) -> str:
@@ -80,6 +111,10 @@ def broken_claims(rows: Iterable[dict[str, Any]]) -> list[str]:
     rows = list(rows)
     problems = [f"{row['row']}: checkpoints differ" for row in rows if not row.get("equal", True)]
     for row in rows:
+        if row.get("rounding_ratio", 0) > SPEED.get(row["row"], 1):
+            problems.append(f"{row['row']}: rounding takes {row['rounding_ratio']:.2f} of what it took")
+        if row.get("costs_per_rounding", 0) > 1:
+            problems.append(f"{row['row']}: the costs of all schemes take longer than one rounding")
         most = CEILINGS.get(row["row"])
         if most is not None and row["peak"] > most:
             problems.append(f"{row['row']}: peak of {row['peak']:,} bytes, more than {most:,}")

@@ -51,6 +51,7 @@ class LiveMeasurements:
                 "model": self._fingerprint,
                 "options": {name: sorted(map(str, planner.table.options(name))) for name in planner.matrices},
                 "rounder": str(self._rounder),
+                "estimate": "closed form",  # files of earlier versions hold costs that were measured otherwise
             }
         )
         if file and Path(file).exists():
