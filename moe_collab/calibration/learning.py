@@ -131,7 +131,8 @@ def learn_blocks(
                     found = _learn(list(learning.values()), lessons.known, loss, judge, steps)
                 results.note(f"learned.{block}", found)
                 results.put(f"learned.{block}", values_of(learning))
-            take_values(learning, results.kept(f"learned.{block}"))
+            if learning:
+                take_values(learning, results.kept(f"learned.{block}"))
             with as_stored(learning.values()):
                 for index in stream.own:
                     output = stream.call(block, index, stream.rows(hidden, index)).flatten(0, 1)
