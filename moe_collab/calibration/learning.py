@@ -12,11 +12,12 @@ from compressed_tensors.offload import disable_offloading
 from torch import nn
 
 from ..moe_model import MoEModel
-from .adam import adam_steps
+from .adam import Adam, pauses
 from .at_hand import at_hand
 from .block_lessons import BlockError, BlockLessons
 from .head import Head
 from .live import float32_weights, frozen
+from .results import Bookmark
 from .small_tensors import SmallTensor, as_stored, in_place
 from .stream import Stream
 from .teacher import Lessons, divergence, kl_of
@@ -32,8 +33,6 @@ _RATES = (0.3, 1.0, 3.0)
 """Learning rates that are tried, as multiples of each tensor's `pace`."""
 _TRIAL_SHARE = 4
 """A rate is tried for a quarter of the steps."""
-_JUDGEMENTS = 10
-"""How often held-out tokens judge, evenly over the steps."""
 _PATIENCE = 3
 """Judgements in a row without a gain after which learning stops."""
 
@@ -48,14 +47,16 @@ class Learned(NamedTuple):
 
 
 @torch.no_grad()
-def learn_predictions(model: Any, tensors: Sequence[SmallTensor], lessons: Lessons, steps: int) -> Learned:
+def learn_predictions(
+    model: Any, tensors: Sequence[SmallTensor], lessons: Lessons, steps: int, bookmark: Bookmark
+) -> Learned:
     """Train `tensors` to minimize KL(lessons || model), nats per token; they end as held-out lessons judge them best.
 
-    What it takes is `fit.end_to_end` with `LEARNING_COPIES`.
+    What it takes is `fit.end_to_end` with `LEARNING_COPIES`. It goes on from `bookmark`.
     """
     with disable_offloading(), float32_weights(model), frozen(model), in_place(tensors):
         judge = partial(kl_of, model, lessons.head, lessons.unseen)
-        return _learn(tensors, lessons.known, partial(divergence, model, lessons.head), judge, steps)
+        return _learn(tensors, lessons.known, partial(divergence, model, lessons.head), judge, steps, bookmark)
 
 
 def _learn(
@@ -64,29 +65,44 @@ def _learn(
     loss: Callable[[T], tuple[torch.Tensor, int]],
     judge: Callable[[], float],
     steps: int,
+    bookmark: Bookmark,
 ) -> Learned:
     """Try each learning rate for some steps, then train with the best one from the start again.
 
     Training stops early when `judge` sees no gain. `tensors` end with the best values seen, which may be the first.
+
+    `bookmark` keeps at every judgement all scores so far, the best values and the state of Adam. What was decided
+    follows from the scores: those of an earlier process are gone through again, without a step, as far as they go.
     """
     parameters = [tensor.learned for tensor in tensors]
     start = [parameter.detach().clone() for parameter in parameters]
-    best, before = start, judge()
+    kept = bookmark.found() or {}
+    scores = kept["scores"].tolist() if kept else [judge()]
+    best = [kept.get(f"best.{index}", value) for index, value in enumerate(start)]
+    before, *known = scores
     after, found = before, (0.0, 0)
 
     def run(rate: float, steps: int) -> float:
         nonlocal best, after, found
         _restore(parameters, start)
-        groups = [([tensor.learned], rate * tensor.pace) for tensor in tensors]
+        adam = Adam([([tensor.learned], rate * tensor.pace) for tensor in tensors], data, loss, steps)
         lowest, stale = math.inf, 0
-        for step, _ in enumerate(adam_steps(groups, data, loss, steps), start=1):
-            if step % max(1, steps // _JUDGEMENTS) and step != steps:
-                continue
-            score = judge()
+        for step in pauses(steps):
+            if known:
+                score = known.pop(0)
+                if not known:
+                    adam.go_on_from(kept)
+            else:
+                adam.go_to(step)
+                scores.append(score := judge())
+                if score < after:
+                    best = [parameter.detach().clone() for parameter in parameters]
+                state = {f"best.{index}": value for index, value in enumerate(best)}
+                bookmark.put(adam.state() | state | {"scores": torch.tensor(scores, dtype=torch.float64)})
+            if score < after:
+                after, found = score, (rate, step)
             stale = 0 if score < lowest else stale + 1
             lowest = min(lowest, score)
-            if score < after:
-                after, best, found = score, [parameter.detach().clone() for parameter in parameters], (rate, step)
             if stale == _PATIENCE or not math.isfinite(score):
                 break
         return lowest
@@ -113,7 +129,7 @@ def learn_blocks(
     too. One block at a time is in memory, its experts included, in float32 and in its own type: of DeepSeek-V3 69 GB.
 
     Returns (block name -> what it learned, KL on held-out tokens with all of that in nats each). What has been learned
-    is kept in the lessons' results, block by block.
+    is kept in the lessons' results, block by block, and within a block at every judgement.
     """
     stream, results = Stream(model, moe, lessons.data, lessons.scratch), lessons.results
 
@@ -121,17 +137,19 @@ def learn_blocks(
         return {module: tensor for module, tensor in tensors.items() if module.startswith(f"{block}.")}
 
     def through(block: str, hidden: torch.Tensor, into: torch.Tensor) -> None:
-        learning = own(block)
+        learning, bookmark = own(block), Bookmark(results, f"learning.{block}")
         # What is read of a block stays in memory while it learns: products with factors are made from it.
         with disable_offloading(), at_hand(stream.decoder.blocks[block].modules(), stream.device):
             if learning and results.get(f"learned.{block}") is None:
                 loss = partial(_block_loss, stream, lessons.error(block), block, hidden)
                 with in_place(learning.values()):
                     judge = partial(_mean, loss, lessons.unseen)
-                    found = _learn(list(learning.values()), lessons.known, loss, judge, steps)
+                    found = _learn(list(learning.values()), lessons.known, loss, judge, steps, bookmark)
                 results.note(f"learned.{block}", found)
                 results.put(f"learned.{block}", values_of(learning))
-            take_values(learning, results.kept(f"learned.{block}"))
+            bookmark.remove()
+            if learning:
+                take_values(learning, results.kept(f"learned.{block}"))
             with as_stored(learning.values()):
                 for index in stream.own:
                     output = stream.call(block, index, stream.rows(hidden, index)).flatten(0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,7 +11,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..rounding import Grid
-from .adam import adam_steps
+from .adam import Adam, pauses
+from .results import Bookmark
 
 __all__ = ["LooseGrid", "forward_with", "learn_grids"]
 
@@ -65,11 +65,24 @@ class _Nearest(torch.autograd.Function):
 
 
 def learn_grids(
-    grids: Collection[LooseGrid], data: Sequence[T], loss: Callable[[T], tuple[torch.Tensor, int]], steps: int
+    grids: Collection[LooseGrid],
+    data: Sequence[T],
+    loss: Callable[[T], tuple[torch.Tensor, int]],
+    steps: int,
+    bookmark: Bookmark | None = None,
 ) -> None:
-    """Adam on `grids`. `loss` returns, for one item of `data`, (the sum of the loss over its rows, number of rows)."""
+    """Adam on `grids`. `loss` returns, for one item of `data`, (the sum of the loss over its rows, number of rows).
+
+    It goes on from `bookmark`, if there is one, and is kept there at every pause.
+    """
     groups = [([grid.factors for grid in grids], _FACTOR_RATE), ([grid.places for grid in grids], _PLACE_RATE)]
-    deque(adam_steps(groups, data, loss, steps), maxlen=0)
+    adam = Adam(groups, data, loss, steps)
+    if bookmark is not None and (kept := bookmark.found()) is not None:
+        adam.go_on_from(kept)
+    for step in (step for step in pauses(steps) if step > adam.taken):
+        adam.go_to(step)
+        if bookmark is not None:
+            bookmark.put(adam.state())
 
 
 def forward_with(bias: torch.Tensor | None, grid: Grid | LooseGrid, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ..checkpoint.atomic import replace_file, replace_text
 from ..distributed import is_source_process, wait
 
-__all__ = ["Results", "key_of"]
+__all__ = ["Bookmark", "Results", "key_of"]
 
 Found = dict[str, torch.Tensor]
 
@@ -36,6 +36,11 @@ class Results:
             for file in folder.glob(".*.partial") if is_source_process() else ():  # of processes that were killed
                 file.unlink()
             wait()
+
+    @property
+    def durable(self) -> bool:
+        """Whether later processes get what is put."""
+        return self._durable
 
     def put(self, name: str, found: Mapping[str, torch.Tensor]) -> Found:
         """Keep `found` in the place of what was kept by that name. Returns it as `get` does."""
@@ -57,6 +62,13 @@ class Results:
         found = self.get(name)
         assert found is not None, name
         return found
+
+    def drop(self, name: str) -> None:
+        """Keep nothing by that name any longer; whoever still holds tensors of it can go on reading them."""
+        if self._folder is None:
+            self._known.pop(name, None)
+        else:
+            self._file(name).unlink(missing_ok=True)
 
     def note(self, name: str, value: Any) -> None:
         """Keep `value`, which JSON can hold, in the place of what was noted by that name."""
@@ -86,6 +98,32 @@ class Results:
     def _read(self, name: str) -> Found:
         with safe_open(self._file(name), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no dictionary)
+
+
+class Bookmark:
+    """How far a process has come with what takes long, by a name in `results`; kept only if those are durable.
+
+    The processes of `torchrun` do the same things and may differ in their last bits; all go on where the source was.
+    """
+
+    def __init__(self, results: Results, name: str) -> None:
+        self._results, self._name = results, name
+
+    def found(self) -> Found | None:
+        """What an earlier process has put here last, if there is anything."""
+        found = self._results.get(self._name) if self._results.durable else None
+        wait()  # until all have it: from now on there may be another
+        return found
+
+    def put(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Keep `state` in the place of the last one."""
+        if self._results.durable and is_source_process():
+            self._results.put(self._name, state)
+
+    def remove(self) -> None:
+        """Keep nothing any longer, because what came of it is kept."""
+        if self._results.durable and is_source_process():
+            self._results.drop(self._name)
 
 
 def key_of(*parts: Any) -> str:

@@ -14,6 +14,7 @@ from ..rounding import Grid
 from .at_hand import shadowed
 from .live import float32_weights, frozen
 from .loose_grids import LooseGrid, forward_with, learn_grids
+from .results import Bookmark
 from .teacher import Lessons, divergence, kl_of
 
 __all__ = ["TUNING_COPIES", "Tuned", "tune_grids"]
@@ -31,11 +32,13 @@ class Tuned(NamedTuple):
     after: float
 
 
-def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype) -> Tuned:
+def tune_grids(
+    model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: int, dtype: torch.dtype, bookmark: Bookmark
+) -> Tuned:
     """Adam on a factor per scale and a place per weight, minimizing KL(lessons || model).
 
     `grids` (by module name) are the rounded weights; `model` has the original ones. What it takes is `fit.end_to_end`
-    with `TUNING_COPIES`.
+    with `TUNING_COPIES`. It goes on from `bookmark`, where three numbers for each weight and scale are kept on the way.
 
     Scales are rounded to `dtype` before the unseen lessons judge the result; if KL has not fallen, `grids` are returned
     unchanged.
@@ -44,7 +47,7 @@ def tune_grids(model: Any, grids: Mapping[str, Grid], lessons: Lessons, steps: i
         before = _kl(model, grids, lessons)
         loose = {name: LooseGrid(grid, model.get_submodule(name).weight.detach()) for name, grid in grids.items()}
         with _in_place(model, loose):
-            learn_grids(loose.values(), lessons.known, partial(divergence, model, lessons.head), steps)
+            learn_grids(loose.values(), lessons.known, partial(divergence, model, lessons.head), steps, bookmark)
         tuned = {name: grid.stored(dtype) for name, grid in loose.items()}
         after = _kl(model, tuned, lessons)
     return Tuned(tuned, before, after) if after < before else Tuned(dict(grids), before, before)

@@ -17,6 +17,7 @@ from ..calibration import Calibration, RoundedModel, Workspace
 from ..calibration.at_hand import compute_device
 from ..calibration.block_lessons import BlockLessons
 from ..calibration.block_tuning import tune_blocks
+from ..calibration.results import Bookmark
 from ..calibration.teacher import Lessons
 from ..calibration.tuning import TUNING_COPIES, tune_grids
 from ..errors import MoeCollabError
@@ -119,8 +120,10 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
 
     def _tune(self, calibration: Calibration, rounded: RoundedModel, names: list[str], workspace: Workspace) -> None:
         """Tune the modules `names` of `rounded`, unless an earlier process has."""
+        bookmark = Bookmark(workspace.results, "tuning")
         if self._lessons is not None:
-            workspace.results.note("tuned", self._tuned(calibration, rounded, names, self._lessons))
+            workspace.results.note("tuned", self._tuned(calibration, rounded, names, self._lessons, bookmark))
+        bookmark.remove()
         before, after = workspace.results.noted("tuned")
         if after < before:
             rounded.take_replaced(names)
@@ -134,14 +137,19 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         )
 
     def _tuned(
-        self, calibration: Calibration, rounded: RoundedModel, names: list[str], lessons: Lessons | BlockLessons
+        self,
+        calibration: Calibration,
+        rounded: RoundedModel,
+        names: list[str],
+        lessons: Lessons | BlockLessons,
+        bookmark: Bookmark,
     ) -> tuple[float, float]:
         """KL on held-out tokens before and after tuning, nats each; if it has fallen, the modules are replaced."""
         model, moe, steps = calibration.model, calibration.moe, self.tuning_steps
         if isinstance(lessons, BlockLessons):
             return tune_blocks(model, moe, lessons, rounded, names, steps)
         grids = {name: rounded[name].grid(compute_device()) for name in names}
-        tuned, before, after = tune_grids(model, grids, lessons, steps, model.dtype)
+        tuned, before, after = tune_grids(model, grids, lessons, steps, model.dtype, bookmark)
         for name, grid in tuned.items():
             rounded.replace(name, grid)
         return before, after

@@ -20,7 +20,7 @@ from ..calibration import Workspace, float32_weights, held_out
 from ..calibration.block_lessons import BlockLessons
 from ..calibration.fit import one_block
 from ..calibration.learning import LEARNING_COPIES, learn_blocks, learn_predictions, take_values, values_of
-from ..calibration.results import Results
+from ..calibration.results import Bookmark, Results
 from ..calibration.small_tensors import Factors, SmallTensor, Whole, as_stored
 from ..calibration.teacher import Lessons, kl_of
 from ..distributed import agreed, store
@@ -119,11 +119,12 @@ class RouterCalibrationModifier(Modifier):
         self._workspace = self._lessons = None
 
     def _calibrate(self, model: Any, moe: MoEModel, results: Results) -> None:
-        tensors = self._tensors(model, moe)
+        tensors, bookmark = self._tensors(model, moe), Bookmark(results, "learning")
         if self._lessons is not None:
-            kl = self._learned(model, moe, tensors, self._lessons)
+            kl = self._learned(model, moe, tensors, self._lessons, bookmark)
             results.put("learned", values_of(tensors))
             results.note("calibrated", kl)
+        bookmark.remove()
         before, after = results.noted("calibrated")
         logger.info(
             "RouterCalibrationModifier: KL on held-out tokens from {:.4f} to {:.4f}{}",
@@ -138,7 +139,12 @@ class RouterCalibrationModifier(Modifier):
                     store(tensor.module, name, value)
 
     def _learned(
-        self, model: Any, moe: MoEModel, tensors: Mapping[str, SmallTensor], lessons: Lessons | BlockLessons
+        self,
+        model: Any,
+        moe: MoEModel,
+        tensors: Mapping[str, SmallTensor],
+        lessons: Lessons | BlockLessons,
+        bookmark: Bookmark,
     ) -> tuple[float, float]:
         """KL on held-out tokens, nats each, before and after `tensors` have learned."""
         if isinstance(lessons, BlockLessons):
@@ -153,7 +159,7 @@ class RouterCalibrationModifier(Modifier):
             for name, found in learned.items():
                 logger.info("{}: error of its output from {:.5f} to {:.5f} nats", name, found.before, found.after)
             return before, after
-        found = learn_predictions(model, list(tensors.values()), lessons, self.steps)
+        found = learn_predictions(model, list(tensors.values()), lessons, self.steps, bookmark)
         logger.info("RouterCalibrationModifier: best at {} times the usual rates, step {}", found.rate, found.steps)
         with as_stored(tensors.values()):
             return before, _kl(model, lessons)

@@ -18,6 +18,7 @@ from moe_collab.calibration import (
 from moe_collab.calibration.at_hand import shadowed
 from moe_collab.calibration.costs import linear_problem
 from moe_collab.calibration.live import predict
+from moe_collab.calibration.results import Bookmark, Results
 from moe_collab.calibration.teacher import kl_of, teach
 from moe_collab.calibration.tuning import tune_grids
 from moe_collab.errors import MoeCollabError
@@ -100,7 +101,7 @@ def test_tuning_brings_predictions_closer_and_stays_on_the_grid(model, batches):
     names, found = rounded(model, short, uniform(model, Scheme(2, 128)))
     grids = {name: found[name].grid() for name in names}
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tuned = tune_grids(model, grids, lessons, 60, torch.bfloat16)
+    tuned = tune_grids(model, grids, lessons, 60, torch.bfloat16, Bookmark(Results(), "tuning"))
     assert tuned.after < tuned.before
     for name, grid in tuned.grids.items():
         assert torch.equal(grid.codes, grid.codes.round().clamp(*grid.scheme.levels))

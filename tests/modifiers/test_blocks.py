@@ -83,6 +83,14 @@ def test_calibration_on_disk_gives_the_bytes_that_memory_gives(tiny, tmp_path, l
     assert sum("WARNING" in line and "one block takes about" in line for line in said) == 2
 
 
+def test_a_block_in_which_nothing_learns_is_passed_through(tiny):
+    calibrate = {"RouterCalibrationModifier": {"steps": 4, "objective": "blocks", "targets": ["router"]}}
+    expected = run(tiny("deepseek_v3"), PRUNE).state_dict()  # its first block has no router
+    found = run(tiny("deepseek_v3"), PRUNE, calibrate).state_dict()
+    changed = [name for name, value in expected.items() if not torch.equal(value, found[name])]
+    assert changed and all(name.endswith("mlp.gate.weight") for name in changed)
+
+
 def test_memory_decides_unless_it_is_asked_for(tiny, tmp_path, monkeypatch, said):
     calibrate = {"RouterCalibrationModifier": {"objective": "predictions", "steps": 1}}
     cases = {

@@ -27,6 +27,18 @@ from .test_stream import digests
 PRUNE = {"ExpertPruningModifier": {"retention": 0.75}}
 SMOOTH = {"ActivationSmoothModifier": {"num_experts_per_tok": "auto", "max_kl": 0.5, "strength": 0.5}}
 FISHER = {"FisherGPTQModifier": {"ignore": ["lm_head"]}}
+HALVE = {"ExpertPruningModifier": {"retention": 0.5}}
+
+
+def tuned(steps):
+    return {"FisherGPTQModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16", "tuning_steps": steps}}
+
+
+LEARN = {
+    "predictions": (HALVE, {"RouterCalibrationModifier": {"steps": 20, "objective": "predictions"}}),
+    "blocks": (HALVE, {"RouterCalibrationModifier": {"steps": 20, "objective": "blocks"}}),
+    "tuning": (tuned(20),),
+}
 
 
 class Killed(BaseException):
@@ -55,6 +67,25 @@ def steps(monkeypatch):
     for owner, name in ((Results, "put"), (Results, "note"), (Scratch, "finish")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     return Steps
+
+
+@pytest.fixture
+def adam(monkeypatch):
+    """Counts steps of Adam; `adam.limit` is after how many of them the run is killed."""
+
+    class Adam:
+        count, limit = 0, None
+
+    stock = torch.optim.Adam.step
+
+    def step(self, *args):
+        if Adam.count == Adam.limit:
+            raise Killed
+        Adam.count += 1
+        return stock(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    return Adam
 
 
 def allocate(family, **fields):
@@ -111,29 +142,36 @@ def arguments(model, *modifiers, output):
 
 
 _KILLED = """
-import os, signal, sys
-from llmcompressor.utils import load_context
+import json, os, signal, sys
+import torch
 from moe_collab.calibration.results import Results
 from tests.modifiers.conftest import load
-from tests.modifiers.test_work import FISHER, PRUNE, allocate, arguments
+from tests.modifiers.test_work import arguments
 import moe_collab
-stock, left = Results.note, [int(sys.argv[3])]
-def note(self, *args):
-    left[0] -= 1
-    if not left[0]:
+model, work, modifiers, name, left = map(json.loads, sys.argv[1:])
+owner = Results if name == "note" else torch.optim.Adam
+stock = getattr(owner, name)
+def counted(self, *args):
+    global left
+    left -= 1
+    if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-    stock(self, *args)
-Results.note = note
-modifiers = PRUNE, allocate("qwen3_moe"), FISHER
-moe_collab.oneshot(**arguments(load(sys.argv[1]), *modifiers, output=sys.argv[2] + "-out"), work=sys.argv[2])
+    return stock(self, *args)
+setattr(owner, name, counted)
+moe_collab.oneshot(**arguments(load(model), *modifiers, output=work + "-out"), work=work)
 """
+
+
+def killed(model, work, modifiers, name, left):
+    """Run until the `left`-th call of `name`, a note of a result or a step of Adam, and then kill the process."""
+    arguments = (json.dumps(argument) for argument in (str(model), str(work), modifiers, name, left))
+    found = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True)
+    assert found.returncode == -9, found.stderr
 
 
 def test_a_signal_that_nobody_can_catch_loses_nothing(tiny, tmp_path):
     modifiers, work = (PRUNE, allocate("qwen3_moe"), FISHER), tmp_path / "work"
-    command = [sys.executable, "-c", _KILLED, str(tiny("qwen3_moe")), str(work)]
-    found = subprocess.run([*command, "8"], capture_output=True, text=True)
-    assert found.returncode == -9, found.stderr
+    killed(tiny("qwen3_moe"), work, modifiers, "note", 8)
     known = sum(file.stat().st_size for file in work.rglob("*.json"))
     moe_collab.oneshot(**arguments(load(tiny("qwen3_moe")), *modifiers, output=tmp_path / "work-out"), work=work)
     run(tiny("qwen3_moe"), *modifiers, output=tmp_path / "out")
@@ -199,24 +237,55 @@ def test_a_recipe_that_names_a_changed_file_is_refused(tiny, tmp_path, steps):
             )
 
 
-def test_a_run_of_small_tensors_is_killed_anywhere(tiny, tmp_path, steps):
-    modifiers = PRUNE, {"RouterCalibrationModifier": {"steps": 2, "objective": "blocks"}}
-    run(tiny("qwen3_moe"), *modifiers, output=tmp_path / "unkilled", data=samples(8))
+def unfinished(work):
+    """The files of a run that tell how far something has come that learns."""
+    return [file.name for part in ("learning", "tuning") for file in work.rglob(f"{part}*.safetensors")]
 
+
+@pytest.mark.parametrize("what", LEARN)
+def test_what_learns_goes_on_where_it_was_killed_again_and_again(what, tiny, tmp_path, adam):
+    run(tiny("qwen3_moe"), tuned(0) if what == "tuning" else HALVE, output=tmp_path / "unlearned")
+    run(tiny("qwen3_moe"), *LEARN[what], output=tmp_path / "unkilled")
+    expected, all_at_once, taken, ended, starts = digests(tmp_path / "unkilled"), adam.count, 0, False, 0
+    assert expected != digests(tmp_path / "unlearned")
+    while not ended:
+        adam.count, adam.limit = 0, 5
+        with suppress(Killed):
+            given = arguments(load(tiny("qwen3_moe")), *LEARN[what], output=tmp_path / "out")
+            moe_collab.oneshot(**given, work=tmp_path / "work")
+            ended = True
+        taken, starts = taken + adam.count, starts + 1
+        assert len(unfinished(tmp_path / "work")) == (not ended) and starts < 20
+    assert digests(tmp_path / "out") == expected
+    assert starts > 3 and taken <= all_at_once + starts - 1  # a step between two judgements, each time
+
+
+@pytest.mark.parametrize("what", LEARN)
+def test_what_learns_is_killed_while_it_is_put_down(what, tiny, tmp_path, steps, adam):
     def start(limit):
-        steps.count, steps.limit = 0, limit
-        given = arguments(load(tiny("qwen3_moe")), *modifiers, output=tmp_path / "out") | {"dataset": samples(8)}
+        steps.count, steps.limit, adam.count = 0, limit, 0
+        given = arguments(load(tiny("qwen3_moe")), *LEARN[what], output=tmp_path / "out")
         moe_collab.oneshot(**given, work=tmp_path / f"work{limit}")
+        return digests(tmp_path / "out")
 
-    start(None)
-    total = steps.count
-    for limit in range(total - 4, total):  # the last steps, in which what was learned is put down
+    expected, total = start(None), steps.count
+    for limit in range(total - 3, total):
         with pytest.raises(Killed):
             start(limit)
-        steps.limit = None
-        given = arguments(load(tiny("qwen3_moe")), *modifiers, output=tmp_path / "out") | {"dataset": samples(8)}
+        steps.limit, steps.count, adam.count = None, 0, 0
+        given = arguments(load(tiny("qwen3_moe")), *LEARN[what], output=tmp_path / "out")
         moe_collab.oneshot(**given, work=tmp_path / f"work{limit}")
-        assert digests(tmp_path / "out") == digests(tmp_path / "unkilled")
+        assert digests(tmp_path / "out") == expected and adam.count <= 2
+        assert not unfinished(tmp_path / f"work{limit}")
+
+
+def test_a_signal_in_a_step_of_adam_loses_little(tiny, tmp_path, adam):
+    modifiers, work = LEARN["predictions"], tmp_path / "work"
+    run(tiny("qwen3_moe"), *modifiers, output=tmp_path / "out")
+    total, adam.count = adam.count, 0
+    killed(tiny("qwen3_moe"), work, modifiers, "step", 20)
+    moe_collab.oneshot(**arguments(load(tiny("qwen3_moe")), *modifiers, output=tmp_path / "work-out"), work=work)
+    assert digests(tmp_path / "work-out") == digests(tmp_path / "out") != {} and adam.count <= total - 18
 
 
 def test_a_directory_in_use_or_of_somebody_else_is_refused(tiny, tmp_path):
