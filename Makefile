@@ -47,7 +47,7 @@ test-asan: .venv/serve/.ready
 	rm -rf build/asan && mkdir -p build/asan && cp -r moe_collab tests pyproject.toml build/asan
 	cd build/asan && ../../$(SERVE)/python moe_collab/kernels/cpu/build.py -fsanitize=address,undefined -fno-sanitize-recover -O1 -g
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. ../../$(SERVE)/python -m pytest -q tests/kernels/test_cpu_*.py
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. ../../$(SERVE)/python -m pytest -q tests/kernels/test_cpu_*.py tests/rounding
 
 # llama.cpp, the competitor, is compiled from its sources once (6 minutes on one core); without it its column is empty.
 .venv/serve/.bench: .venv/serve/.ready

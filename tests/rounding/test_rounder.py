@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_collab.formats import TERNARY, Scheme
+from moe_collab.kernels import cpu
 from moe_collab.rounding import Rounder, left_over, loops, nearest_loss
 from moe_collab.rounding.feedback import descend, factored, feed_back, loss
 from moe_collab.rounding.scales import best_grid
@@ -76,11 +77,44 @@ def test_feedback_is_gptq():
 def test_compiled_loops_do_what_torch_does(scheme, dtype, monkeypatch):
     weights, moments = problem(2, 21)  # rows that fill no whole number of vectors
     assert loops._is_compiled("cpu")
-    compiled = Rounder(scale_dtype=dtype)(weights, moments, scheme)
+    found = []
+    for instructions in ("best", "scalar"):
+        cpu.configure(instructions)
+        found.append(Rounder(scale_dtype=dtype)(weights, moments, scheme))
+    cpu.configure("best")
     monkeypatch.setattr(loops, "_is_compiled", lambda device: False)
     plain = Rounder(scale_dtype=dtype)(weights, moments, scheme)
-    torch.testing.assert_close(loss(weights, moments, compiled), loss(weights, moments, plain), rtol=1e-3, atol=0)
-    assert (compiled.codes != plain.codes).float().mean() < 1e-3
+    for compiled in found:
+        torch.testing.assert_close(loss(weights, moments, compiled), loss(weights, moments, plain), rtol=1e-3, atol=0)
+        assert (compiled.codes != plain.codes).float().mean() < 1e-3
+
+
+def test_compiled_loops_refuse_what_does_not_fit():
+    weights, moments = torch.randn(4, 64), torch.eye(64)
+    scales, order = torch.ones(4, 2), torch.arange(64)
+    arguments = {
+        "weights": weights,
+        "left": weights.clone(),
+        "scales": scales,
+        "zeros": torch.zeros(4, 2),
+        "order": order,
+        "factor": moments,
+        "begin": 0,
+        "low": -8,
+        "high": 7,
+        "codes": torch.empty(4, 64),
+        "errors": torch.empty(4, 32),
+    }
+    torch.ops.moe_collab.round_feed_back(**arguments)
+    for wrong, message in (
+        ({"scales": torch.ones(4, 3)}, "64 columns cannot share 3 scales"),
+        ({"factor": torch.eye(32)}, "factor: .64, 64. expected"),
+        ({"order": order + 1}, "order: there is no column"),
+        ({"begin": 48}, "errors: columns 48 to 80"),
+        ({"codes": torch.empty(4, 64, dtype=torch.float64)}, "codes: contiguous float32"),
+    ):
+        with pytest.raises(Exception, match=message):
+            torch.ops.moe_collab.round_feed_back(**arguments | ({"begin": 32} if "order" in wrong else {}) | wrong)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[3:], ids=str)
