@@ -10,6 +10,7 @@ from tempfile import gettempdir, mkdtemp
 from filelock import BaseFileLock, FileLock, Timeout
 
 from ..distributed import agreed, is_distributed, is_source_process, wait
+from .heap import return_what_is_freed
 from .results import Results
 from .scratch import Scratch
 
@@ -24,12 +25,16 @@ class Workspace:
     Without `folder` both are in memory. With it they are in files of a temporary folder inside it, or, if they are to
     be `durable`, in the folder itself: whoever makes a workspace there later finds them. The processes of `torchrun`
     share files, also where none were asked for.
+
+    With files, memory of the process is to stay small, so that what is freed goes back to the system (see `heap`).
     """
 
     def __init__(self, folder: Path | None = None, durable: bool = False) -> None:
         if folder is None and is_distributed():
             folder = Path(gettempdir())
         self._temporary: TemporaryFolder | None = None
+        if folder is not None:
+            return_what_is_freed()
         if folder is not None and not durable:
             if is_source_process():
                 self._temporary = TemporaryFolder(folder)
