@@ -120,8 +120,8 @@ class ExpertGroup:
         Least squares from the inputs that down_proj will get to the outputs that it had before, with tokens weighted as
         in the moments, and regularized towards the original down_proj by 3 % of the mean diagonal.
         """
-        own, seen = self.experts[index], self.traffic[index]
-        inner = torch.cat([own.inner(hidden, gate_up.values()[0]) for hidden in seen.hidden()])
+        own, seen, rounded = self.experts[index], self.traffic[index], gate_up.values()[0]
+        inner = torch.cat([own.inner(hidden, rounded) for hidden in seen.hidden()])
         weighing = seen.sums["down"].squares
         matrix = inner.T @ (inner * weighing[:, None])
         matrix.diagonal().add_(0.03 * matrix.diagonal().mean().clamp_min(1e-20))
