@@ -61,7 +61,6 @@ CASES = {
     "deepseek-layer": Case(DEEPSEEK, SAMPLED, 2048, sample=8),
     "gptq-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "stock GPTQ", 8192),
     "ours-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "our rounding", 8192),
-    "plan-olmoe-4": Case(OLMOE.resized(num_hidden_layers=4), "plan", 2048),
     **{
         f"layers-{count}-{how}": Case(shape.resized(num_hidden_layers=count), how, 4096)
         for how, shape in zip(RECIPES, (SMALL, NARROW), strict=True)

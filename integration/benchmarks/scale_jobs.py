@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.utils import load_context
 from loguru import logger
@@ -19,12 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from moe_collab import oneshot
-from moe_collab.allocation import CostTable
-from moe_collab.allocation.decide import Decided, compression_plan
 from moe_collab.distributed import is_source_process
 from moe_collab.modifiers.glue.compat import keep_attention_causal
-from moe_collab.modifiers.glue.outline import model_fingerprint
-from moe_collab.modifiers.mixed_bit_alloc import MixedBitAllocModifier
 
 from ..compress import calibration, checkpoint_size, recipe
 from ..served import assert_equal, generate, generate_with_transformers
@@ -75,9 +70,6 @@ def run_job(job: dict[str, Any], folder: Path) -> None:
 def _compress(model: Any, job: dict[str, Any], data: DataLoader, work: Path) -> dict[str, Any]:
     """Run the recipe and save to `work`; the size and the digests of what was written."""
     announce("prepare")
-    if job["recipe"] == "plan":
-        work.mkdir(parents=True, exist_ok=True)
-        write_plan(model, job["recipe"], work)
     # What a run that is started again finds: its `work` directory, and the files that its recipe names.
     checkpoint, files = work / "checkpoint", Path(f"{job['work']}-files") if "work" in job else work
     oneshot(
@@ -92,7 +84,7 @@ def _compress(model: Any, job: dict[str, Any], data: DataLoader, work: Path) -> 
 
 
 def steps(name: str, folder: Path) -> str:
-    """The recipe `name`, `prune` or `all`, which leaves its files in `folder`."""
+    """The recipe `name`, which leaves its files in `folder`."""
     prune = {"ExpertPruningModifier": {"retention": 0.75, "statistics": str(folder / "statistics")}}
     plan = {key: str(folder / f"{key}.json") for key in ("plan", "costs")}
     options = {"bits": [2, 4], "group_size": 128, "symmetric": True}  # few, for time: memory is what is measured
@@ -105,18 +97,8 @@ def steps(name: str, folder: Path) -> str:
         "all": [prune, allocate, quantize],
         "stock GPTQ": [{"GPTQModifier": alike}],
         "our rounding": [{"FisherGPTQModifier": alike}],
-        "plan": [allocate, {"QuantizationModifier": {"ignore": ["lm_head"]}}],
     }
     return recipe(*modifiers[name])
-
-
-def write_plan(model: Any, name: str, folder: Path) -> None:
-    """The plan that the recipe `name` will find: somebody else's, so no costs are known here."""
-    fields = yaml.safe_load(steps(name, folder))["compress_stage"]["step0_modifiers"]["MixedBitAllocModifier"]
-    modifier = MixedBitAllocModifier(**fields)
-    planner = modifier.planner(model)
-    decided = Decided(planner.cheapest(CostTable()), CostTable())
-    compression_plan(planner, decided, model_fingerprint(model), modifier._recipe_digest()).save(fields["plan"])
 
 
 def random_tokens(vocabulary: int, tokens: int) -> DataLoader:
