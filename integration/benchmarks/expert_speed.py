@@ -51,8 +51,11 @@ def speed_row(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _operations(shapes: list[list[int]]) -> float:
-    """Of rounding R x C weights: C^3 / 3 for the factorization, and five and a half products of R x C x C."""
-    return sum(columns**3 / 3 + 5.5 * 2 * rows * columns**2 for rows, columns in shapes)
+    """Of rounding R x C weights: C^3 / 3 for the factorization, and products of R x C x C.
+
+    These are half a one for feedback, one for the first slope, and three and a half for four sweeps: five.
+    """
+    return sum(columns**3 / 3 + 5 * 2 * rows * columns**2 for rows, columns in shapes)
 
 
 def growth_row(folder: Path) -> dict[str, Any]:

@@ -162,9 +162,9 @@ class _Costs:
         for kind, names, problem in self._problems(what):
             for scheme in self._options(names[0]):
                 predicted = problem.predicted(self._rounder, scheme)
-                if predicted > 0:
-                    ratio = problem.measured(self._rounder, scheme) / predicted
-                    found.setdefault(kind, {})[str(scheme)] = ratio
+                measured = problem.measured(self._rounder, scheme)
+                if predicted > 0 and measured > 0:  # else the weights are what the scheme can hold
+                    found.setdefault(kind, {})[str(scheme)] = measured / predicted
         return found
 
     def _noted(self, do: Callable[[str], object], what: str) -> Any:

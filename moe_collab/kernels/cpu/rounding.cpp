@@ -4,8 +4,7 @@
 namespace moe_collab {
 namespace {
 
-// Rows times columns that are worth a thread.
-constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileRows = 16;  // as many as a vector of `rounding_loops.h` has lanes
 
 void require_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
   require_cpu(tensor, name);
@@ -115,6 +114,8 @@ void round_descend(Tensor codes, Tensor scales, const Tensor& zeros, const Tenso
   const bool whole = shape.group > kMaxBlock ? begin / shape.group == (end - 1) / shape.group
                                              : begin % shape.group == 0 && end % shape.group == 0;
   require(whole, "change: a block has whole groups, or lies in one");
+  require(scale_dtype == "bfloat16" || scale_dtype == "float16" || scale_dtype == "float32",
+          "scale_dtype: bfloat16, float16 or float32 expected, not ", scale_dtype);
   const Dtype dtype = scale_dtype == "bfloat16" ? Dtype::bfloat16
                       : scale_dtype == "float16" ? Dtype::float16 : Dtype::float32;
   const Descent arguments{out(codes), out(scales), in(zeros), in(slope), in(moments), shape.columns, shape.group,
