@@ -67,16 +67,16 @@ class CompressionPlan(BaseModel):
         except (ValidationError, UnicodeDecodeError) as error:
             raise MoeCollabError(f"{path}: not a valid compression plan; delete it to plan anew.\n{error}") from error
 
-    def check_matches(self, path: str | Path, model: str, recipe: str) -> None:
-        """Raise `MoeCollabError` if the plan at `path` was made for another model or another recipe."""
+    def check_matches(self, path: str | Path, model: str, recipe: str | None = None) -> None:
+        """Raise `MoeCollabError` if the plan at `path` is for another model, or another recipe if that matters."""
         for what, mine, theirs in (
             ("model", self.model_fingerprint, model),
             ("recipe", self.recipe_fingerprint, recipe),
         ):
-            if mine != theirs:
+            if theirs is not None and mine != theirs:
                 raise MoeCollabError(
                     f"MixedBitAllocModifier.plan: {path} was made for another {what} ({mine}, this one is {theirs}). "
-                    "Delete the file to plan anew, or name another one."
+                    f"{'Name' if recipe is None else 'Delete the file to plan anew, or name'} another one."
                 )
 
 

@@ -46,9 +46,12 @@ class ExpertStatistics:
         """Count tokens by their `domains` [tokens]."""
         self.tokens += torch.bincount(domains, minlength=self.num_domains)
 
-    def add(self, expert: int, weights: torch.Tensor, output: torch.Tensor, domains: torch.Tensor) -> None:
-        """Add tokens routed to `expert`: router weights [tokens], the expert's output [tokens, H], domains [tokens]."""
-        norms, weights = output.float().norm(dim=-1).double().cpu(), weights.double().cpu()
+    def add(
+        self, expert: int, weights: torch.Tensor, norms: torch.Tensor, peaks: torch.Tensor, domains: torch.Tensor
+    ) -> None:
+        """Add tokens routed to `expert`, each [tokens]: router weights, norms and largest absolute values of the
+        expert's outputs, all float64, and domains.
+        """
         columns = {
             "selections": torch.ones_like(weights),
             "weight_sum": weights,
@@ -57,7 +60,6 @@ class ExpertStatistics:
         }
         for name, column in columns.items():
             getattr(self, name)[:, expert].index_add_(0, domains, column)
-        peaks = output.abs().amax(-1).double().cpu()
         self.largest[:, expert].scatter_reduce_(0, domains, peaks, "amax")
 
     def join(self, other: ExpertStatistics) -> None:

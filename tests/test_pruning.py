@@ -23,7 +23,9 @@ def seen(routed, num_experts=3, num_domains=1):
     statistics = ExpertStatistics(num_experts, num_domains)
     for expert, weight, output, domain in routed:
         statistics.see(torch.tensor([domain]))
-        statistics.add(expert, torch.tensor([weight]), torch.tensor([output]), torch.tensor([domain]))
+        found = torch.tensor([output], dtype=torch.float64)
+        columns = torch.tensor([weight], dtype=torch.float64), found.norm(dim=-1), found.abs().amax(-1)
+        statistics.add(expert, *columns, torch.tensor([domain]))
     return statistics
 
 

@@ -2,11 +2,12 @@
 
 from .live import float32_weights, inputs_of, log_probabilities, mean_kl
 from .micro_batches import MicroBatches, held_out
-from .rounded_model import RoundedModel, Trial
+from .rounded_model import RoundedModel
 from .run import Calibration, kept_masks
 from .samples import LayerSamples
 from .scratch import Scratch
 from .stream import Stream
+from .trial import Trial
 from .workspace import Workspace
 
 __all__ = [

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..distributed import wait
 from ..moe_model import MoELayer
+from .arrivals import Arrivals
 from .experts import ExpertWeights
 from .routing import Routing, experts_replaced
 from .samples import DRAWS, LinearRecorder
@@ -129,16 +130,18 @@ class BlockGradients:
         stream = self._stream
         above = room_for_gradients(stream, "above", behind.shape[2])
         of_weights = torch.zeros(DRAWS, *routing.weights.shape)
-        for expert in layer.live_experts:
-            own = ExpertWeights.of(layer, expert, stream.device)
-            for _, tokens, slots in routing.parts(expert):
-                weights = routing.weights[tokens, slots].to(stream.device)
-                hidden = routing.hidden[tokens].to(stream.device)
-                for draw in range(DRAWS):
-                    gradient = behind[draw, tokens].to(stream.device)
-                    output, found = own.backward(hidden, gradient * weights[:, None])
-                    above[draw].index_add_(0, tokens, found.cpu())
-                    of_weights[draw, tokens, slots] = (output * gradient).sum(-1).cpu()
+        with Arrivals() as arrivals:
+            for expert in layer.live_experts:
+                own = ExpertWeights.of(layer, expert, stream.device)
+                for _, tokens, slots in routing.parts(expert):
+                    weights = routing.weights[tokens, slots].to(stream.device)
+                    hidden = routing.hidden[tokens].to(stream.device)
+                    for draw in range(DRAWS):
+                        gradient = behind[draw, tokens].to(stream.device)
+                        output, found = own.backward(hidden, gradient * weights[:, None])
+                        place = torch.tensor(draw), tokens, slots
+                        arrivals.send(found, partial(above[draw].index_add_, 0, tokens))
+                        arrivals.send((output * gradient).sum(-1), partial(of_weights.index_put_, place))
         return above, of_weights
 
     def _through(

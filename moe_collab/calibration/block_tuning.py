@@ -13,6 +13,7 @@ from ..architectures import PROJECTIONS
 from ..decoder import replaced_forward
 from ..distributed import wait
 from ..moe_model import MoELayer, MoEModel
+from .arrivals import Arrivals
 from .at_hand import float32_copy, shadowed
 from .block_lessons import BlockLessons
 from .experts import ExpertWeights
@@ -197,7 +198,12 @@ class _Traffic(NamedTuple):
 
     def add(self, sign: int, expert: int, own: ExpertWeights) -> None:
         """Add to the output what `expert`, with the weights `own`, puts out, or take it away."""
-        for index in self.own:
-            tokens, found = self.with_expert(index, expert, own)
-            self.output[tokens] += sign * (found.cpu() - self.output[tokens])
+
+        def put(tokens: torch.Tensor, found: torch.Tensor) -> None:
+            self.output[tokens] += sign * (found - self.output[tokens])
+
+        with Arrivals() as arrivals:
+            for index in self.own:
+                tokens, found = self.with_expert(index, expert, own)
+                arrivals.send(found, partial(put, tokens))
         wait()

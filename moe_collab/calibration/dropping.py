@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..moe_model import MoELayer
+from .arrivals import Arrivals
 from .at_hand import at_hand, compute_device, float32_copy
 from .experts import ExpertWeights
 from .results import Results
@@ -108,15 +110,16 @@ class DropStudy:
 
     def _compute(self, wanted: torch.Tensor) -> None:
         """Have g . f_e(x) for all pairs of token and expert that `wanted` [tokens, experts] marks."""
-        for index in self._layer.live_experts:
-            tokens = (wanted[:, index] & ~self._known[:, index]).nonzero().flatten()
-            if not len(tokens):
-                continue
-            own = ExpertWeights.of(self._layer, index, self._device)
-            for part in tokens.split(_ROWS):
-                hidden, gradient = (self._rows(t, part) for t in (self._samples.hidden, self._samples.gradient))
-                self._products[:, part, index] = (own(hidden) * gradient).sum(-1).cpu()
-            self._known[tokens, index] = True
+        with Arrivals() as arrivals:
+            for index in self._layer.live_experts:
+                tokens = (wanted[:, index] & ~self._known[:, index]).nonzero().flatten()
+                if not len(tokens):
+                    continue
+                own, products = ExpertWeights.of(self._layer, index, self._device), self._products[:, :, index]
+                for part in tokens.split(_ROWS):
+                    hidden, gradient = (self._rows(t, part) for t in (self._samples.hidden, self._samples.gradient))
+                    arrivals.send((own(hidden) * gradient).sum(-1), partial(products.index_copy_, 1, part))
+                self._known[tokens, index] = True
         self._results.put(f"products.{self._layer.name}", {"products": self._products, "known": self._known})
 
 

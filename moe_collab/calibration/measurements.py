@@ -18,8 +18,9 @@ from .costs import rounding_costs
 from .dropping import DropStudy
 from .progress import spread
 from .results import key_of
-from .rounded_model import RoundedModel, Trial
+from .rounded_model import RoundedModel
 from .run import Calibration
+from .trial import Trial
 
 __all__ = ["LiveMeasurements"]
 

@@ -13,6 +13,7 @@ from ..distributed import everyones
 from ..moe_model import MoELayer, MoEModel
 from ..pruning.surgery import activating
 from ..statistics import ExpertStatistics
+from .arrivals import Arrivals
 from .at_hand import compute_device
 from .experts import ExpertWeights
 from .head import KL, Head
@@ -39,12 +40,18 @@ def expert_statistics(
         # Sums of micro-batches are added in their order, whichever process has which.
         parts: dict[int, ExpertStatistics] = {}
 
-        def see(expert: int, part: Part, weights: torch.Tensor, _inner: torch.Tensor, output: torch.Tensor) -> None:
+        def add(expert: int, part: Part, columns: torch.Tensor) -> None:
             if part.batch not in parts:
                 parts[part.batch] = ExpertStatistics(layer.num_experts, num_domains)
-            parts[part.batch].add(expert, weights / scaling, output, domains[part.tokens].long())
+            weights, norms, peaks = columns.double()
+            parts[part.batch].add(expert, weights, norms, peaks, domains[part.tokens].long())
 
-        through(see=see)
+        def see(expert: int, part: Part, weights: torch.Tensor, _inner: torch.Tensor, output: torch.Tensor) -> None:
+            columns = weights / scaling, output.norm(dim=-1), output.abs().amax(-1)
+            arrivals.send(torch.stack(columns), partial(add, expert, part))
+
+        with Arrivals() as arrivals:
+            through(see=see)
         statistics = ExpertStatistics(layer.num_experts, num_domains)
         statistics.see(domains[domains >= 0].long())
         for _, part in sorted(everyones(list(parts.items())), key=itemgetter(0)):
@@ -131,7 +138,7 @@ def matches_and_peaks(
         inner: dict[int, torch.Tensor] = {}
 
         def see(expert: int, _part: Part, _weights: torch.Tensor, inputs: torch.Tensor, _output: torch.Tensor) -> None:
-            largest = inputs.abs().amax(0).cpu()
+            largest = inputs.abs().amax(0)
             inner[expert] = torch.maximum(inner[expert], largest) if expert in inner else largest
 
         def compare(routing: Routing, output: torch.Tensor) -> None:
@@ -143,6 +150,8 @@ def matches_and_peaks(
                 found["matches"] = torch.tensor(sums, dtype=torch.float64).view(-1, 2)
 
         through(see=see, look=compare)
+        for expert, largest in list(inner.items()):
+            inner[expert] = largest.cpu()
         for expert, largest in everyones(list(inner.items())):
             inner[expert] = torch.maximum(inner.get(expert, largest), largest)
         return found | {f"inner.{expert}": largest for expert, largest in inner.items()}
@@ -166,13 +175,17 @@ def _outputs_at(moe: MoEModel, layer: MoELayer, hidden: torch.Tensor, candidates
         by_expert = torch.zeros(len(hidden), layer.num_experts)
         chosen.append(by_expert.scatter_(1, indices.cpu(), weights.float().cpu()))
     outputs = [torch.zeros_like(hidden) for _ in candidates]
-    for expert in layer.live_experts if candidates else ():
-        own = ExpertWeights.of(layer, expert, device)
-        reached = torch.stack([weights[:, expert] != 0 for weights in chosen]).any(0)
-        for part in reached.nonzero().flatten().split(_TOGETHER):
-            found = own(hidden[part].to(device)).cpu()
-            for output, weights in zip(outputs, chosen, strict=True):
-                output[part] += weights[part, expert, None] * found
+
+    def add(expert: int, part: torch.Tensor, found: torch.Tensor) -> None:
+        for output, weights in zip(outputs, chosen, strict=True):
+            output[part] += weights[part, expert, None] * found
+
+    with Arrivals() as arrivals:
+        for expert in layer.live_experts if candidates else ():
+            own = ExpertWeights.of(layer, expert, device)
+            reached = torch.stack([weights[:, expert] != 0 for weights in chosen]).any(0)
+            for part in reached.nonzero().flatten().split(_TOGETHER):
+                arrivals.send(own(hidden[part].to(device)), partial(add, expert, part))
     return outputs
 
 

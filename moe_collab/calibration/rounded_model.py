@@ -1,10 +1,10 @@
-"""A model's matrices rounded at the schemes chosen for them, kept packed; and what that does to its predictions."""
+"""A model's matrices rounded at the schemes chosen for them, kept packed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,15 +15,18 @@ from ..errors import MoeCollabError
 from ..formats import DENSE, Scheme
 from ..moe_model import MoELayer
 from ..rounding import Grid, PackedGrid, Rounder
+from .at_hand import compute_device, float32_copy
 from .experts import ExpertWeights
-from .head import KL, Head
+from .head import Head
+from .output_pass import output_pass
 from .progress import spread
 from .results import key_of
-from .run import Calibration, kept_masks
+from .run import Calibration
+from .samples import LinearSamples
 from .stream import Masks
-from .study import ExpertGrids, LayerStudy
+from .study import ExpertGrids, ExpertGroup, LayerStudy
 
-__all__ = ["RoundedModel", "Trial"]
+__all__ = ["RoundedModel"]
 
 
 class RoundedModel:
@@ -59,71 +62,120 @@ class RoundedModel:
                 self.restore(name, _packed(kept, name, before.scheme, before.shape))
 
     def round(self, schemes: Mapping[str, Scheme], kept: Masks | None = None) -> list[str]:
-        """Round every module of `schemes` that is packed, while routers choose among `kept`.
+        """Round every module of `schemes` that is packed, for the predictions, while routers choose among `kept`.
 
         Returns the names of what is rounded: not of modules that calibration tokens do not reach, such as a vision
         tower's.
         """
-        layers = {layer.name: layer for layer in self._calibration.moe.layers}
-        experts = {name for layer in layers.values() for name, *_ in layer.projections()}
-        packed = {name: scheme for name, scheme in schemes.items() if scheme.is_packed}
         routing = key_of({layer: mask.tolist() for layer, mask in (kept or {}).items()})
-        key, others = partial(key_of, routing, str(self.rounder)), sorted(packed.keys() - experts)
-        samples = partial(self._calibration.samples, others, kept)
-
-        def missing(name: str) -> list[int]:
-            """Experts of layer `name`, or 0 for a Linear, that are not found."""
-            if name in layers:
-                return self._missing(layers[name], packed, key)
-            return [] if self._is_found(name, [name], packed, key(str(packed[name]))) else [0]
+        wanted = self._wanted(schemes, routing)
+        samples = partial(self._calibration.samples, wanted.linears, kept)
 
         def do(name: str) -> None:
             of_layers, of_linears = samples()
-            if name in layers:
-                self._round_layer(LayerStudy(layers[name], of_layers[name]), missing(name), packed, key)
+            if name in wanted.layers:
+                self._round_layer(LayerStudy(wanted.layers[name], of_layers[name]), wanted)
             else:
-                grids = {}
-                if name in of_linears:
-                    grids[name] = of_linears[name].rounded(self.rounder, packed[name])
-                self._keep(name, grids, key(str(packed[name])))
+                found = [of_linears[name].rounded(self.rounder, schemes[name])] if name in of_linears else []
+                self._keep_linear(name, found, wanted)
 
-        spread("rounding", [*others, *layers], lambda name: not missing(name), samples, do)
-        for name in (*others, *layers):
-            missing(name)  # finds what other processes have rounded
-        return [name for name in packed if name in self._found]
+        return self._spread(wanted, samples, do)
 
-    def _missing(self, layer: MoELayer, schemes: Mapping[str, Scheme], key: Callable[..., str]) -> list[int]:
-        """The experts of a layer that are to be rounded and not found. `key` tells all that rounding depends on."""
-        found = []
-        for index, pair in _pairs(layer, schemes).items():
-            expert = f"{layer.experts_name}.{index}"
-            names = [name for name in (f"{expert}.{projection}" for projection in PROJECTIONS) if name in schemes]
-            if not self._is_found(expert, names, schemes, key(list(map(str, pair)))):
+    def round_in_one_pass(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        """As `round`, for the least squared error of outputs instead of predictions, which takes no gradients.
+
+        Every expert and Linear is rounded while one forward pass of the model as it is has it at hand.
+        """
+        wanted, calibration = self._wanted(schemes, "outputs"), self._calibration
+
+        def of_expert(study: LayerStudy, index: int, own: ExpertWeights) -> None:
+            if pair := wanted.pairs[study.layer.name].get(index):
+                _warn_of_unseen(study, [index])
+                grids = ExpertGroup(study, {index: own}).round(self.rounder, {index: pair})[index]
+                self._keep_expert(study.layer, index, grids, wanted)
+
+        def of_linear(name: str, samples: LinearSamples) -> None:
+            self._keep_linear(name, [samples.rounded(self.rounder, schemes[name])], wanted)
+
+        if any(self._missing(name, wanted) for name in wanted.everything):
+            modules = {name: calibration.model.get_submodule(name) for name in wanted.linears}
+            output_pass(calibration.stream(calibration.learn), modules, "outputs", of_expert, of_linear)
+            for name in wanted.linears:
+                if self._missing(name, wanted):
+                    self._keep_linear(name, [], wanted)  # no token reaches it
+        return self._rounded(wanted)
+
+    def round_to_nearest(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        """As `round`, for the least squared error of the weights themselves, which takes no tokens."""
+        wanted, device = self._wanted(schemes, "weights"), compute_device()
+
+        def nearest(weight: torch.Tensor, scheme: Scheme) -> Grid | None:
+            return self.rounder.nearest(weight[None], scheme) if scheme.is_packed else None
+
+        def do(name: str) -> None:
+            if name not in wanted.layers:
+                weight = float32_copy(self._calibration.model.get_submodule(name).weight, device)
+                self._keep_linear(name, [self.rounder.nearest(weight[None], schemes[name])], wanted)
+                return
+            layer = wanted.layers[name]
+            for index in self._missing(name, wanted):
+                own, (gate_up, down) = ExpertWeights.of(layer, index, device), wanted.pairs[name][index]
+                grids = ExpertGrids(nearest(own.gate_up, gate_up), nearest(own.down, down))
+                self._keep_expert(layer, index, grids, wanted)
+
+        return self._spread(wanted, lambda: None, do)
+
+    def _wanted(self, schemes: Mapping[str, Scheme], *key: str) -> _Wanted:
+        layers = {layer.name: layer for layer in self._calibration.moe.layers}
+        packed = {name: scheme for name, scheme in schemes.items() if scheme.is_packed}
+        return _Wanted(packed, layers, partial(key_of, *key, str(self.rounder)))
+
+    def _spread(self, wanted: _Wanted, prepare: Callable[[], object], do: Callable[[str], None]) -> list[str]:
+        """Have `do` done to every layer and Linear that is missing, in one process each; what is rounded then."""
+        spread("rounding", wanted.everything, lambda name: not self._missing(name, wanted), prepare, do)
+        return self._rounded(wanted)
+
+    def _rounded(self, wanted: _Wanted) -> list[str]:
+        for name in wanted.everything:
+            self._missing(name, wanted)  # finds what other processes have rounded
+        return [name for name in wanted.packed if name in self._found]
+
+    def _missing(self, name: str, wanted: _Wanted) -> list[int]:
+        """Experts of layer `name`, or 0 for a Linear, that are to be rounded and not found."""
+        if name not in wanted.layers:
+            return [] if self._is_found(name, [name], wanted.packed, wanted.key_of_linear(name)) else [0]
+        found, layer = [], wanted.layers[name]
+        for index in wanted.pairs[name]:
+            names = wanted.matrices(layer, index)
+            if not self._is_found(_expert(layer, index), names, wanted.packed, wanted.key_of_expert(layer, index)):
                 found.append(index)
         return found
 
-    def _round_layer(
-        self, study: LayerStudy, missing: list[int], schemes: Mapping[str, Scheme], key: Callable[..., str]
-    ) -> None:
-        """Round the experts `missing` of a layer.
+    def _round_layer(self, study: LayerStudy, wanted: _Wanted) -> None:
+        """Round the missing experts of a layer.
 
         Those that an earlier process had begun with are rounded anew together: that way come the same last bits.
         """
         layer, results = study.layer, self._calibration.results
-        pairs, place = _pairs(layer, schemes), f"rounding.{layer.name}"
-        missing = sorted(pairs.keys() & {*missing, *(results.noted(place) or [])})
+        pairs, place = wanted.pairs[layer.name], f"rounding.{layer.name}"
+        missing = sorted(pairs.keys() & {*self._missing(layer.name, wanted), *(results.noted(place) or [])})
         results.note(place, missing)
-        if unseen := [index for index in missing if not study.samples.counts[index]]:
-            logger.warning("{}: no calibration token was routed to experts {}", layer.name, unseen)
+        _warn_of_unseen(study, missing)
         for group in study.groups(missing):
             for index, grids in group.round(self.rounder, {i: pairs[i] for i in missing}).items():
-                expert = f"{layer.experts_name}.{index}"
-                found = {name: grid for name, grid in _split(expert, grids) if name in schemes}
-                self._keep(expert, found, key(list(map(str, pairs[index]))))
+                self._keep_expert(layer, index, grids, wanted)
         results.note(place, [])
 
+    def _keep_expert(self, layer: MoELayer, index: int, grids: ExpertGrids, wanted: _Wanted) -> None:
+        found = {name: grid for name, grid in _split(_expert(layer, index), grids) if name in wanted.packed}
+        self._keep(_expert(layer, index), found, wanted.key_of_expert(layer, index))
+
+    def _keep_linear(self, name: str, found: Sequence[Grid], wanted: _Wanted) -> None:
+        """Keep the rounded Linear `name`; `found` is empty if no token reaches it."""
+        self._keep(name, {name: found[0]} if found else {}, wanted.key_of_linear(name))
+
     def _keep(self, what: str, grids: Mapping[str, Grid], key: str) -> None:
-        """Keep the rounded matrices of `what`, an expert or a Linear, packed; none of a Linear that is not reached."""
+        """Keep the rounded matrices of `what`, an expert or a Linear, packed."""
         tensors = {"key": _digits(key)}
         for name, grid in grids.items():
             tensors |= _tensors(name, PackedGrid.of(grid, self.rounder.scale_dtype))
@@ -172,6 +224,56 @@ class RoundedModel:
         return head if name is None else head._replace(weight=self.values(name, device))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be rounded, and the keys under which it is kept."""
+
+    packed: Mapping[str, Scheme]
+    """Scheme of each module."""
+    layers: Mapping[str, MoELayer]
+    """All MoE layers by name."""
+    key: Callable[..., str]
+    """Of all that rounding depends on, given the schemes as text."""
+
+    @cached_property
+    def linears(self) -> list[str]:
+        """Modules that are no experts' matrices."""
+        experts = {name for layer in self.layers.values() for name, *_ in layer.projections()}
+        return sorted(self.packed.keys() - experts)
+
+    @property
+    def everything(self) -> list[str]:
+        """The names of Linears and layers."""
+        return [*self.linears, *self.layers]
+
+    @cached_property
+    def pairs(self) -> dict[str, dict[int, tuple[Scheme, Scheme]]]:
+        """By layer name: expert -> (scheme of gate and up, scheme of down), of experts of which one of these rounds."""
+        return {name: _pairs(layer, self.packed) for name, layer in self.layers.items()}
+
+    def matrices(self, layer: MoELayer, index: int) -> list[str]:
+        """The names of an expert's matrices that are to be rounded."""
+        names = (f"{_expert(layer, index)}.{projection}" for projection in PROJECTIONS)
+        return [name for name in names if name in self.packed]
+
+    def key_of_linear(self, name: str) -> str:
+        """Its key."""
+        return self.key(str(self.packed[name]))
+
+    def key_of_expert(self, layer: MoELayer, index: int) -> str:
+        """Its key."""
+        return self.key(list(map(str, self.pairs[layer.name][index])))
+
+
+def _expert(layer: MoELayer, index: int) -> str:
+    return f"{layer.experts_name}.{index}"
+
+
+def _warn_of_unseen(study: LayerStudy, experts: Collection[int]) -> None:
+    if unseen := [index for index in experts if not study.samples.counts[index]]:
+        logger.warning("{}: no calibration token was routed to experts {}", study.layer.name, unseen)
+
+
 def _digits(key: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)
 
@@ -188,7 +290,6 @@ def _packed(kept: Mapping[str, torch.Tensor], name: str, scheme: Scheme, shape: 
 
 
 def _pairs(layer: MoELayer, schemes: Mapping[str, Scheme]) -> dict[int, tuple[Scheme, Scheme]]:
-    """Expert -> (scheme of gate and up, scheme of down), for experts of which at least one of these rounds."""
     pairs = {}
     for index in layer.live_experts:
         gate, up, down = (schemes.get(f"{layer.experts_name}.{index}.{p}", DENSE) for p in PROJECTIONS)
@@ -208,39 +309,3 @@ def _split(expert: str, grids: ExpertGrids) -> Iterator[tuple[str, Grid]]:
         yield from ((f"{expert}.gate_proj", gate), (f"{expert}.up_proj", up))
     if grids.down is not None:
         yield f"{expert}.down_proj", grids.down
-
-
-class Trial:
-    """Rounds a model on trial, as it would be rounded in earnest, and measures its KL on held-out tokens.
-
-    Two streams of hidden states are compared at the end: those of the model as it is, which are kept, and those with
-    rounded weights. The model is not touched.
-    """
-
-    def __init__(self, calibration: Calibration, rounded: RoundedModel) -> None:
-        self._calibration, self._rounded = calibration, rounded
-        self._base: torch.Tensor | None = None
-
-    def kl(self, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> float:
-        """KL(model || model rounded at `schemes`, without the experts `dropped` of each layer), nats per token."""
-        packed = {name: str(scheme) for name, scheme in schemes.items() if scheme.is_packed}
-        gone = {layer: sorted(experts) for layer, experts in dropped.items() if experts}
-        name = f"trial-{key_of(packed, gone, str(self._rounded.rounder))}"
-        results = self._calibration.results
-        if (found := results.noted(name)) is None:
-            results.note(name, found := self._measured(name, schemes, dropped))
-            self._calibration.stream(self._calibration.judge).forget(name)
-        return found
-
-    def _measured(self, name: str, schemes: Mapping[str, Scheme], dropped: Mapping[str, Collection[int]]) -> float:
-        calibration = self._calibration
-        kept = kept_masks(calibration.moe, dropped)
-        names = set(self._rounded.round(schemes, kept))
-        stream = calibration.stream(calibration.judge)
-        with stream.running():
-            if self._base is None:
-                self._base = stream.last("base")
-            head, other = Head.of(calibration.model, stream.device), self._rounded.head(names, stream.device)
-            weights_of = partial(self._rounded.expert, names)
-            last = stream.last(name, kept, self._rounded.dense(names, stream.device), weights_of)
-            return KL(stream, head, other).mean(self._base, last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,9 +35,7 @@ class Calibration:
         batches: Sequence[Mapping[str, torch.Tensor]],
         workspace: Workspace | None = None,
     ) -> None:
-        learn, judge = held_out(_rows(batches[0]) if len(batches) == 1 else batches)
-        self.model, self.moe = model, moe
-        self.everything, self.learn, self.judge = MicroBatches(batches), MicroBatches(learn), MicroBatches(judge)
+        self.model, self.moe, self._batches = model, moe, batches
         self._workspace = workspace or Workspace()
         self.scratch, self.results = self._workspace.scratch, self._workspace.results
         self.later = 0
@@ -46,6 +45,26 @@ class Calibration:
         self._linears: list[str] = []
         if begun := self.results.noted("samples"):
             self._routing, self._linears = begun
+
+    @cached_property
+    def everything(self) -> MicroBatches:
+        """All tokens."""
+        return MicroBatches(self._batches)
+
+    @cached_property
+    def learn(self) -> MicroBatches:
+        """Those to learn from."""
+        return MicroBatches(self._divided[0])
+
+    @cached_property
+    def judge(self) -> MicroBatches:
+        """Those that are held out."""
+        return MicroBatches(self._divided[1])
+
+    @property
+    def _divided(self) -> tuple[Sequence[Mapping[str, torch.Tensor]], ...]:
+        batches = self._batches
+        return held_out(_rows(batches[0]) if len(batches) == 1 else batches)
 
     def stream(self, data: MicroBatches) -> Stream:
         """The model's blocks over `data`."""

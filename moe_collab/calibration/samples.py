@@ -38,6 +38,7 @@ __all__ = [
     "LinearRecorder",
     "LinearSamples",
     "Sampler",
+    "chosen_pairs",
     "evenly",
     "sampled",
 ]
@@ -100,12 +101,7 @@ def sampled(
     """
     tokens = valid.nonzero().flatten()
     indices = routing.indices[tokens]
-    in_sample = torch.zeros_like(indices, dtype=torch.bool)
-    flat = indices.flatten().long()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
-    for pairs in order.split(counts.tolist()):
-        in_sample.view(-1)[pairs[evenly(len(pairs), sampler.expert_tokens)]] = True
+    in_sample, counts = chosen_pairs(indices, num_experts, sampler.expert_tokens)
     in_layer = torch.zeros(len(tokens), dtype=torch.bool)
     in_layer[evenly(len(tokens), sampler.layer_tokens)] = True
     rows = (in_sample.any(1) | in_layer).nonzero().flatten()
@@ -121,6 +117,18 @@ def sampled(
         counts=keep(f"{name}.counts", counts),
         num_tokens=len(tokens),
     )
+
+
+def chosen_pairs(indices: torch.Tensor, num_experts: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(whether a token is in the sample of the expert that stands there, [n, top_k]; tokens of each expert).
+
+    Of the tokens that `indices` [n, top_k] send to an expert, -1 for none, at most `limit` are taken, evenly.
+    """
+    flat, in_sample = indices.flatten().long(), torch.zeros_like(indices, dtype=torch.bool)
+    counts = torch.bincount(flat + 1, minlength=num_experts + 1)
+    for pairs in flat.argsort(stable=True).split(counts.tolist())[1:]:
+        in_sample.view(-1)[pairs[evenly(len(pairs), limit)]] = True
+    return in_sample, counts[1:]
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ class LinearRecorder:
     """
 
     def __init__(self, modules: Mapping[str, nn.Linear], data: MicroBatches, sampler: Sampler, prefix: str) -> None:
-        self._modules, self._data, self._sampler, self._prefix = modules, data, sampler, prefix
+        self.modules, self._data, self._sampler, self._prefix = modules, data, sampler, prefix
         self._parts: list[tuple[str, int, torch.Tensor, torch.Tensor]] = []
         self.finished: dict[str, LinearSamples] = {}
         for name, module in modules.items():
@@ -229,7 +237,7 @@ class LinearRecorder:
             inputs, gradient = zip(*(pair for _, pair in own), strict=True)
             keep, (of_inputs, of_gradients) = self._sampler.scratch.keep, self._places(name)
             self.finished[name] = LinearSamples(
-                self._modules[name], keep(of_inputs, torch.cat(inputs)), keep(of_gradients, torch.cat(gradient, 1))
+                self.modules[name], keep(of_inputs, torch.cat(inputs)), keep(of_gradients, torch.cat(gradient, 1))
             )
 
 

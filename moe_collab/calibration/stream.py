@@ -21,6 +21,7 @@ from ..decoder import Decoder
 from ..distributed import share, wait
 from ..errors import MoeCollabError
 from ..moe_model import MoELayer, MoEModel
+from .arrivals import Arrivals
 from .at_hand import at_hand, compute_device, shadowed
 from .experts import ExpertWeights
 from .micro_batches import MicroBatches
@@ -161,26 +162,37 @@ class Stream:
         Each expert is read once. `see` is called with what it computes.
         """
         output = self.room("experts", routing.hidden.shape[1], torch.float32)
-        for expert in layer.live_experts:
-            own = weights_of(layer, expert, self.device)
-            for part in routing.parts(expert):
-                weights = routing.weights[part.tokens, part.slots].to(self.device)
-                inner = own.inner(routing.hidden[part.tokens].to(self.device))
-                found = own.outer(inner)
-                if see is not None:
-                    see(expert, part, weights, inner, found)
-                output.index_add_(0, part.tokens, (found * weights[:, None]).cpu())
+        with Arrivals() as arrivals:
+            for expert in layer.live_experts:
+                own = weights_of(layer, expert, self.device)
+                for part in routing.parts(expert):
+                    weights = routing.weights[part.tokens, part.slots].to(self.device)
+                    inner = own.inner(routing.hidden[part.tokens].to(self.device))
+                    found = own.outer(inner)
+                    if see is not None:
+                        see(expert, part, weights, inner, found)
+                    arrivals.send(found * weights[:, None], partial(output.index_add_, 0, part.tokens))
         wait()
         return output
 
     @torch.no_grad()
-    def advance(self, name: str, hidden: torch.Tensor, output: torch.Tensor | None, into: torch.Tensor) -> None:
+    def advance(
+        self,
+        name: str,
+        hidden: torch.Tensor,
+        output: torch.Tensor | None,
+        into: torch.Tensor,
+        begin: Callable[[int], None] | None = None,
+    ) -> None:
         """Write to `into` [tokens, H] what block `name`, which is at hand, makes of `hidden` [tokens, H].
 
-        `output` [tokens, H] is what its experts put out, None for a block without routed experts.
+        `output` [tokens, H] is what its experts put out, None for a block without routed experts. `begin` is called
+        with the number of each micro-batch before that is computed.
         """
         layer = self.layers.get(name)
         for index in self.own:
+            if begin is not None:
+                begin(index)
             inputs = self.rows(hidden, index)
             if layer is None:
                 found = self.call(name, index, inputs)

@@ -56,7 +56,8 @@ class LayerStudy:
         size = 4 * (hidden**2 + inner**2 + 3 * hidden * inner + tokens * inner)
         together = max(1, _GROUP_BYTES // size)
         for start in range(0, len(members), together):
-            yield ExpertGroup(self, members[start : start + together])
+            group = members[start : start + together]
+            yield ExpertGroup(self, {index: ExpertWeights.of(self.layer, index, self.device) for index in group})
 
 
 class Traffic:
@@ -95,9 +96,8 @@ class Traffic:
 class ExpertGroup:
     """Experts of a layer that are in memory together."""
 
-    def __init__(self, study: LayerStudy, members: list[int]) -> None:
-        self.study, self.members = study, members
-        self.experts = {index: ExpertWeights.of(study.layer, index, study.device) for index in members}
+    def __init__(self, study: LayerStudy, experts: dict[int, ExpertWeights]) -> None:
+        self.study, self.experts, self.members = study, experts, list(experts)
         self.traffic = {index: Traffic(study, index, own) for index, own in self.experts.items()}
 
     def weights(self, half: str, members: Sequence[int] | None = None) -> torch.Tensor:

@@ -28,13 +28,17 @@ def pack(codes: torch.Tensor, num_bits: int, packed_dim: int = 1) -> torch.Tenso
     if packed_dim == 0:
         return pack(codes.T, num_bits).T.contiguous()
     rows, columns = codes.shape
-    unsigned = codes.to(torch.int32) + (1 << (num_bits - 1))
-    bits = (unsigned[..., None] >> torch.arange(num_bits, dtype=torch.int32, device=codes.device)) & 1
-    words = packed_width(columns, num_bits)
-    stream = torch.nn.functional.pad(bits.reshape(rows, -1), (0, 32 * words - columns * num_bits))
-    shifts = torch.arange(32, dtype=torch.int64, device=codes.device)
-    # int64 holds all 32 bits; the cast to int32 wraps, which keeps the bit pattern.
-    return (stream.reshape(rows, words, 32).long() << shifts).sum(-1).to(torch.int32)
+    padding = -columns % 32
+    # What lies beyond the columns is to be zero once it is made unsigned.
+    whole = torch.nn.functional.pad(codes, (0, padding), value=-(1 << (num_bits - 1)))
+    places = whole.reshape(rows, -1, 32).permute(2, 0, 1).contiguous()
+    words = torch.zeros(num_bits, *places.shape[1:], dtype=torch.int32, device=codes.device)
+    for place, own in enumerate(places):
+        (word, shift), unsigned = divmod(place * num_bits, 32), own.int() + (1 << (num_bits - 1))
+        words[word] |= unsigned << shift
+        if shift + num_bits > 32:  # the code begins in one word and ends in the next
+            words[word + 1] |= unsigned >> (32 - shift)
+    return words.permute(1, 2, 0).reshape(rows, -1)[:, : packed_width(columns, num_bits)].contiguous()
 
 
 def unpack(packed: torch.Tensor, num_bits: int, shape: tuple[int, int], packed_dim: int = 1) -> torch.Tensor:
@@ -52,15 +56,22 @@ def unpack(packed: torch.Tensor, num_bits: int, shape: tuple[int, int], packed_d
             f"packed tensor of shape {list(packed.shape)} cannot hold {rows} x {columns} codes of {num_bits} bits: "
             f"expected [{rows}, {dense}] (or [{rows}, {padded}], the layout before compressed-tensors 0.18)."
         )
-    column, per_word = torch.arange(columns, device=packed.device), 32 // num_bits
-    is_dense = packed.shape[1] == dense
-    first_bit = column * num_bits if is_dense else column // per_word * 32 + column % per_word * num_bits
-    word, shift = first_bit // 32, (first_bit % 32).int()
-    beyond = (shift + num_bits - 32).clamp(min=0)  # bits of a code that begin the next word
-    codes = packed[:, word] >> shift & (1 << num_bits - beyond) - 1
-    if 32 % num_bits:
-        codes |= (packed[:, word + (beyond > 0)] & (1 << beyond) - 1) << num_bits - beyond
-    return (codes - (1 << (num_bits - 1))).to(torch.int8)
+    half = 1 << (num_bits - 1)
+    if packed.shape[1] != dense:
+        per_word = 32 // num_bits
+        shifts = torch.arange(per_word, dtype=torch.int32, device=packed.device) * num_bits
+        codes = (packed[..., None] >> shifts & 2 * half - 1).reshape(rows, -1)
+        return (codes[:, :columns] - half).to(torch.int8)
+    whole = torch.nn.functional.pad(packed, (0, -dense % num_bits))
+    words = whole.reshape(rows, -1, num_bits).permute(2, 0, 1).contiguous()
+    places = torch.empty(32, *words.shape[1:], dtype=torch.int8, device=packed.device)
+    for place, own in enumerate(places):
+        word, shift = divmod(place * num_bits, 32)
+        code = words[word] >> shift
+        if shift + num_bits > 32:  # the code begins in one word and ends in the next
+            code = code & (1 << 32 - shift) - 1 | words[word + 1] << 32 - shift
+        own.copy_((code & 2 * half - 1) - half)
+    return places.permute(1, 2, 0).reshape(rows, -1)[:, :columns].contiguous()
 
 
 def _check_bits(num_bits: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, disable_quantization
 from llmcompressor.core import Event, State
@@ -42,6 +42,10 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     really routed to it. Scales are searched and refitted, codes are found by error feedback and then coordinate
     descent, and an expert's down_proj is refitted to make up for its rounded gate_proj and up_proj.
 
+    :param objective: what is kept. `predictions`, as above, takes a forward and a backward pass. `outputs` of experts,
+        tokens weighted by the router, take one forward pass, in which each expert is rounded while it is at hand: so a
+        plan that exists is carried out in one reading of the model. `weights` are rounded to nearest with searched
+        scales, without data.
     :param tuning_steps: steps of Adam after the rounding, which bring the predictions closer to the original model's by
         changing scales and codes; a few hundred steps help most at 2 to 3 bits. All learn together, end to end, if that
         fits in memory (the log says what it takes), else block by block, towards the original model's blocks. Their
@@ -53,6 +57,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     requires_calibration_data: bool = False
     """False because this modifier makes its passes over the data itself, backward passes included."""
 
+    objective: Literal["predictions", "outputs", "weights"] = "predictions"
     tuning_steps: int = Field(0, ge=0)
     work: str | None = None
 
@@ -76,7 +81,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""
         check_unquantized(state.model, "FisherGPTQModifier")
-        check_calibration(state, self)
+        check_calibration(state, self, self.objective != "weights" or self.tuning_steps > 0)
         call_experts_alike(describe(state.model))
         if self.has_config():
             self.initialize_quantization(state.model)
@@ -98,7 +103,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
             )
         calibration, rounded = self._begun or self._begin(state, schemes)
         with calibrating(state):
-            names = rounded.round(schemes)
+            names = self._rounding(rounded)(schemes)
             if self._workspace is None:
                 self.learn_from_present(state)
             if self._workspace is not None:
@@ -111,6 +116,10 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
             model.get_submodule(name).quantization_status = QuantizationStatus.FROZEN
         self._lessons = self._begun = self._workspace = None
         logger.info("FisherGPTQModifier: rounded {} tensors", len(names))
+
+    def _rounding(self, rounded: RoundedModel) -> Callable[[Mapping[str, Scheme]], list[str]]:
+        ways = {"outputs": rounded.round_in_one_pass, "weights": rounded.round_to_nearest}
+        return ways.get(self.objective, rounded.round)
 
     def _begin(self, state: State, schemes: Mapping[str, Scheme]) -> tuple[Calibration, RoundedModel]:
         calibration = calibration_of(state, self)

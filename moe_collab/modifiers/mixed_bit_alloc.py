@@ -74,7 +74,8 @@ class MixedBitAllocModifier(Modifier):
         first match counts.
     :param granularity: which tensors share a scheme: `projection` (gate and up of an expert share one, its down has its
         own), or `layer` (all experts of a layer share one), which makes checkpoints that stock vLLM serves.
-    :param plan: JSON file of the decision; written if it does not exist, reused if it does.
+    :param plan: JSON file of the decision; written if it does not exist, reused if it does. If neither a budget nor any
+        other field is given, it must exist and is applied, whatever recipe made it, which takes no data.
     :param costs: JSON file of the measured costs, for other budgets; written if it does not exist, reused if it does.
     :param ignore: modules that keep their precision: names, or regexes that begin with `re:`.
     :param work: directory in which the run keeps what it has finished, so that it can be killed and started again;
@@ -145,16 +146,35 @@ class MixedBitAllocModifier(Modifier):
     def _one_budget(self) -> MixedBitAllocModifier:
         who, given = "MixedBitAllocModifier", [self.budget, self.bpw, self.fit]
         number = sum(value is not None for value in given)
-        if number > 1 or (number == 0 and self.max_kl is None):
-            raise ValueError(f"{who} needs exactly one of `budget` (bytes), `bpw` and `fit`, or `max_kl` alone")
+        if number > 1 or (number == 0 and self.max_kl is None and not self.plan):
+            raise ValueError(
+                f"{who} needs exactly one of `budget` (bytes), `bpw` and `fit`, or `max_kl` alone, or a `plan` to apply"
+            )
         for key, value in (("budget", self.budget), ("fit", self.fit)):
             if value is not None:
                 parse_bytes(value, f"{who}.{key}")
+        if self._only_applies:
+            usual = type(self).model_construct()
+            others = [name for name in self._decisive() if getattr(self, name) != getattr(usual, name)]
+            if others:
+                raise ValueError(
+                    f"{who}: {others} decide nothing where a `plan` is only applied. Remove them, or name a budget"
+                )
         if self.pruning != "none" and (self.granularity == "layer" or number == 0):
             raise ValueError(f"{who}.pruning: {self.pruning} needs a budget and no granularity of whole layers")
         if self.scope == "model" and self.bpw is not None:
             raise ValueError(f"{who}.bpw counts routed experts only; with scope: model, name a `budget` or `fit`")
         return self
+
+    @property
+    def _only_applies(self) -> bool:
+        """Whether the plan's file decides, whatever recipe it was made for."""
+        return self.budget is self.bpw is self.fit is self.max_kl is None
+
+    @classmethod
+    def _decisive(cls) -> list[str]:
+        """The fields that a plan depends on."""
+        return [name for name in cls.model_fields if name not in {*Modifier.model_fields, "plan", "costs", "work"}]
 
     def request(self, config: Any, strict: bool = True) -> AllocationRequest:
         """What this modifier's fields ask for, given the transformers `config` of the model.
@@ -194,21 +214,43 @@ class MixedBitAllocModifier(Modifier):
         """Check the recipe against the model before any data is read."""
         model: Any = state.model
         check_unquantized(model, "MixedBitAllocModifier")
-        check_calibration(state, self)
+        check_calibration(state, self, needs_data=not self._only_applies)
         followers = quantizers_after(self)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
         following = modifier_after(self)
         self._direct = following if isinstance(following, FisherGPTQModifier) else None
-        check_followers(followers, TERNARY in (*self.bits, *self.fixed.values()), bool(self._fisher))
-        planner = self.planner(model)
+        if self._only_applies:
+            packed, ternary = self._of_plan(model)
+        else:
+            planner, ternary = self.planner(model), TERNARY in (*self.bits, *self.fixed.values())
+            packed = [name for name in planner.matrices if any(s.is_packed for s in planner.table.options(name))]
+            if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
+                self._check_budget(planner)
+        check_followers(followers, ternary, bool(self._fisher))
         if not self._fisher:
-            check_rounded(model, planner, followers)
-        if not any(isinstance(m, ExpertPruningModifier) for m in modifiers_of_this_pass()):
-            self._check_budget(planner)
+            check_rounded(model, packed, followers)
         keep_attention_causal(model)
         call_experts_alike(describe(model))
         install_save(model)
         return True
+
+    def _of_plan(self, model: Any) -> tuple[list[str], bool]:
+        """(modules that the plan to apply packs, whether any is ternary); `MoeCollabError` if the model lacks one."""
+        assert self.plan is not None
+        path = Path(self.plan)
+        if not path.exists():
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.plan: there is no {path} to apply. Name a file that is there, or a budget, so "
+                "that a plan is made and written to it."
+            )
+        schemes = {name: s for name, s in CompressionPlan.load(path).parsed().items() if s.is_packed}
+        present = {name for name, _ in model.named_modules()}
+        if missing := [name for name in schemes if name not in present]:
+            raise MoeCollabError(
+                f"MixedBitAllocModifier.plan: {path} is for another model: this one has no {missing[0]} "
+                f"({len(missing)} such modules)."
+            )
+        return list(schemes), any(scheme.num_bits == TERNARY for scheme in schemes.values())
 
     def _check_budget(self, planner: Planner) -> None:
         """Raise `MoeCollabError` with the size needed if no allocation fits the budget; needs no data."""
@@ -222,21 +264,31 @@ class MixedBitAllocModifier(Modifier):
         self._moe = describe(model)
         if self.plan and Path(self.plan).exists():
             self._reused = CompressionPlan.load(self.plan)
-            self._reused.check_matches(self.plan, model_fingerprint(model), self._recipe_digest())
-            logger.info("MixedBitAllocModifier: reusing {}", self.plan)
+            recipe = None if self._only_applies else self._recipe_digest()
+            self._reused.check_matches(self.plan, model_fingerprint(model), recipe)
+            logger.info("MixedBitAllocModifier: applying {}", self.plan)
             return
         # Not strict: experts that a pattern names may have been pruned by now.
         self._planner = self.planner(model, strict=False)
         self._check_budget(self._planner)
 
     def _recipe_digest(self) -> str:
-        mine = type(self).model_fields.keys() - Modifier.model_fields.keys() - {"plan", "costs", "work"}
-        return description_digest(self.model_dump(include=mine))
+        return description_digest(self.model_dump(include=set(self._decisive())))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Decide, save the plan, drop experts, and attach the schemes that the next quantizer will round to."""
         self.remove_hooks()
         assert self._moe is not None
+        model: Any = state.model
+        plan = self._reused
+        if plan is None or self._direct is not None:
+            plan = self._calibrated(state)
+        if any(plan.dropped.values()):
+            self._let_quantizers_see(state)
+        apply_plan(model, self._moe, plan)
+
+    def _calibrated(self, state: State) -> CompressionPlan:
+        """The plan, decided unless there is one, and saved; `FisherGPTQModifier` goes on with what that took."""
         model: Any = state.model
         calibration = calibration_of(state, self, self._moe)
         calibration.later = self._planner.request.budget or 0 if self._planner is not None else 0
@@ -250,9 +302,7 @@ class MixedBitAllocModifier(Modifier):
             calibration.close()
         if self.plan and not self._reused and is_source_process():
             plan.save(self.plan)
-        if any(plan.dropped.values()):
-            self._let_quantizers_see(state)
-        apply_plan(model, self._moe, plan)
+        return plan
 
     def _decide(self, state: State, calibration: Calibration, rounded: RoundedModel) -> CompressionPlan:
         assert self._moe is not None and self._planner is not None

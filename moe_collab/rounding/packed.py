@@ -11,9 +11,6 @@ from .grid import Grid
 
 __all__ = ["PackedGrid"]
 
-_ROWS = 512
-"""Rows that are packed at a time, because bits take an integer each on the way."""
-
 
 @dataclass(frozen=True)
 class PackedGrid:
@@ -30,21 +27,21 @@ class PackedGrid:
     def of(cls, grid: Grid, scale_dtype: torch.dtype) -> PackedGrid:
         """The only weight of `grid`, its scales as `scale_dtype`, on the CPU."""
         codes, scheme = grid.codes[0].to("cpu", torch.int8), grid.scheme
-        if scheme.num_bits == TERNARY:
-            words = pack_ternary(codes, grid.group)
-        else:
-            words = torch.cat([pack(part, scheme.num_bits) for part in codes.split(_ROWS)])
+        words = pack_ternary(codes, grid.group) if scheme.num_bits == TERNARY else pack(codes, scheme.num_bits)
         zeros = None if scheme.symmetric else grid.zeros[0].to("cpu", torch.int8)
         rows, columns = codes.shape
         return cls(scheme, (rows, columns), words, grid.scales[0].to("cpu", scale_dtype), zeros)
 
-    def grid(self, device: torch.device | None = None) -> Grid:
-        """Codes, scales and zero points in float32, as a batch of one."""
+    def codes(self, device: torch.device | None = None) -> torch.Tensor:
+        """int8 [rows, columns]."""
         words = self.words.to(device) if device is not None else self.words
         if self.scheme.num_bits == TERNARY:
-            codes = unpack_ternary(words, self.shape, self.shape[1] // self.scales.shape[1])
-        else:
-            codes = unpack(words, self.scheme.num_bits, self.shape)
+            return unpack_ternary(words, self.shape, self.shape[1] // self.scales.shape[1])
+        return unpack(words, self.scheme.num_bits, self.shape)
+
+    def grid(self, device: torch.device | None = None) -> Grid:
+        """Codes, scales and zero points in float32, as a batch of one."""
+        codes = self.codes(device)
         scales = self.scales.to(codes.device, torch.float32)[None]
         zeros = torch.zeros_like(scales) if self.zeros is None else self.zeros.to(codes.device, torch.float32)[None]
         return Grid(self.scheme, codes[None].float(), scales, zeros)

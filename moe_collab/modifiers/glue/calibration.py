@@ -29,9 +29,10 @@ from .work import open_work, work_of
 __all__ = ["calibrating", "calibration_of", "check_calibration", "workspace_of"]
 
 
-def check_calibration(state: State, modifier: Modifier) -> None:
+def check_calibration(state: State, modifier: Modifier, needs_data: bool = True) -> None:
     """Check that there is data for a modifier of ours, and open the directory that the run works in, if it has one."""
-    check_data(state, type(modifier).__name__)
+    if needs_data or (state.data is not None and state.data.calib is not None):
+        check_data(state, type(modifier).__name__)
     open_work(state)
     find_stock_modifiers(state)
 

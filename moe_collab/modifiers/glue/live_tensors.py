@@ -20,12 +20,12 @@ from ...checkpoint.verify import Digest, tensor_digest, weight_digest
 from ...errors import MoeCollabError
 from ...formats import TERNARY, TERNARY_PACKED, pack, pack_ternary
 from .naming import checkpoint_names, dtype_name, saved_shapes
+from .packed_weights import packed_of
 from .schemes import codes_of, is_sound, is_ternary
 
 __all__ = ["LiveTensors"]
 
-_BLOCK = 1 << 16
-"""Codes that are packed at once: packing needs a hundred bytes for each and is fastest within the processor's cache."""
+_NOT_FINITE = "not finite; the weight or its scales hold NaN or infinity"
 
 
 class LiveTensors:
@@ -124,12 +124,17 @@ class LiveTensors:
 
     def _make_packed(self, live_name: str, name: str) -> dict[str, torch.Tensor]:
         module = self._model.get_submodule(live_name)
-        if complaint := _complaint(module):
+        if (rounded := packed_of(module)) is not None:
+            complaint = None if _is_finite(rounded.scales) else _NOT_FINITE
+            codes, scale, zero_point, words = rounded.codes(), rounded.scales, rounded.zeros, rounded.words
+        else:
+            complaint, (codes, scale, zero_point) = _complaint(module), codes_of(module)
+            words = _packed(codes, scale, module.quantization_scheme)
+        if complaint:
             self.unsound[f"{name}.weight"] = complaint
-        codes, scale, zero_point = codes_of(module)
-        if not complaint:
+        else:
             self.digests[name] = weight_digest(codes, scale, zero_point)
-        tensors = {"weight_packed": _packed(codes, scale, module.quantization_scheme), "weight_scale": scale}
+        tensors = {"weight_packed": words, "weight_scale": scale}
         tensors["weight_shape"] = torch.tensor(codes.shape)
         if zero_point is not None:
             bits = module.quantization_scheme.weights.num_bits
@@ -203,19 +208,21 @@ def _packed_entries(weight: TensorEntry, module: Any, scale: torch.Tensor) -> li
 
 
 def _packed(codes: torch.Tensor, scale: torch.Tensor, scheme: QuantizationScheme) -> torch.Tensor:
-    """Codes [rows, columns] in the bit layout of `scheme`, a few rows at a time."""
+    """Codes [rows, columns] in the bit layout of `scheme`."""
     arguments: Any = scheme.weights
-    columns = codes.shape[1]
-    blocks = codes.cpu().split(max(1, _BLOCK // columns))
     if is_ternary(scheme):
-        return torch.cat([pack_ternary(block, columns // scale.shape[1]) for block in blocks])
-    return torch.cat([pack(block, arguments.num_bits) for block in blocks])
+        return pack_ternary(codes.cpu(), codes.shape[1] // scale.shape[1])
+    return pack(codes.cpu(), arguments.num_bits)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _complaint(module: Any) -> str | None:
     """Why the weight is not one that a quantizer rounded, None if it is."""
     if is_sound(module):
         return None
-    if not (torch.isfinite(module.weight).all() and torch.isfinite(module.weight_scale).all()):
-        return "not finite; the weight or its scales hold NaN or infinity"
+    if not (_is_finite(module.weight) and _is_finite(module.weight_scale)):
+        return _NOT_FINITE
     return "not on the grid of its scales; was it quantized?"

@@ -15,7 +15,7 @@ from torch import nn
 from ...distributed import store
 from ...rounding import PackedGrid
 
-__all__ = ["PackedCache", "write_rounded"]
+__all__ = ["PackedCache", "packed_of", "write_rounded"]
 
 
 class PackedCache(OffloadCache):
@@ -35,6 +35,17 @@ class PackedCache(OffloadCache):
         self.offloaded_values = dict(inner.offloaded_values) | {"weight": self._weight}
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the weight is still the rounded one."""
+        return self.offloaded_values["weight"] is self._weight
+
+    @property
+    def rounded(self) -> PackedGrid:
+        """The rounded weight, with the scales and zero points that the module has."""
+        zeros = None if self._scheme.symmetric else self["weight_zero_point"]
+        return PackedGrid(self._scheme, self._shape, self.words, self["weight_scale"], zeros)
+
+    @property
     def onload_device(self) -> Any:  # type: ignore[override]
         """Where tensors are read to."""
         return self._inner.onload_device
@@ -52,11 +63,8 @@ class PackedCache(OffloadCache):
         """As `OffloadCache.onload`."""
         if offloaded is not self._weight:
             return self._inner.onload(offloaded)
-        zeros = None if self._scheme.symmetric else self["weight_zero_point"]
-        rounded = PackedGrid(self._scheme, self._shape, self.words, self["weight_scale"], zeros)
-        return nn.Parameter(
-            rounded.values(torch.device(self.onload_device)).to(self._weight.dtype), requires_grad=False
-        )
+        values = self.rounded.values(torch.device(self.onload_device))
+        return nn.Parameter(values.to(self._weight.dtype), requires_grad=False)
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """As `OffloadCache.offload`."""
@@ -69,6 +77,12 @@ class PackedCache(OffloadCache):
             return
         dense = nn.Parameter(data.detach().to(self._weight.dtype), requires_grad=False)
         self.offloaded_values["weight"] = self._inner.offload(dense)
+
+
+def packed_of(module: Any) -> PackedGrid | None:
+    """The rounded weight of a module that holds it packed, None for any other."""
+    cache = module._parameters
+    return cache.rounded if isinstance(cache, PackedCache) and cache.is_packed else None
 
 
 @torch.no_grad()

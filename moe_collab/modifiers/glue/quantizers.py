@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 
-from ...allocation import Planner
 from ...errors import MoeCollabError
 from .recipe import modifiers_of_this_pass
 
@@ -70,8 +70,8 @@ def check_own_pass() -> None:
         )
 
 
-def check_rounded(model: Any, planner: Planner, followers: list[Any]) -> None:
-    """Raise `MoeCollabError` if there is a matrix that may get fewer bits but that none of `followers` would round.
+def check_rounded(model: Any, packed: Iterable[str], followers: list[Any]) -> None:
+    """Raise `MoeCollabError` if among the modules `packed`, which may get fewer bits, none of `followers` rounds one.
 
     Stock quantizers round only what their `targets` and `ignore` leave them; `FisherGPTQModifier` rounds whatever has
     a scheme.
@@ -79,7 +79,6 @@ def check_rounded(model: Any, planner: Planner, followers: list[Any]) -> None:
     rounded = {
         name for quantizer in followers for name, _ in match_named_modules(model, quantizer.targets, quantizer.ignore)
     }
-    packed = (name for name in planner.matrices if any(s.is_packed for s in planner.table.options(name)))
     if left := [name for name in packed if name not in rounded]:
         who = " and ".join(dict.fromkeys(type(quantizer).__name__ for quantizer in followers))
         raise MoeCollabError(

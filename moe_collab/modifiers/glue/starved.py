@@ -18,6 +18,7 @@ from torch import nn
 
 from ...coverage import FEW_TOKENS
 from ...moe_model import MoEModel
+from .packed_weights import packed_of
 from .recipe import starves_experts
 from .schemes import is_rounded, is_sound, round_in_place, snap_to_grid
 
@@ -53,7 +54,7 @@ def repair_starved(model: nn.Module, snap: bool) -> None:
     """
     repaired, lost = [], []
     for name, module in model.named_modules():
-        if not is_rounded(module):
+        if not is_rounded(module) or packed_of(module) is not None:
             continue
         assert isinstance(module, nn.Linear)
         if snap and not is_sound(module):

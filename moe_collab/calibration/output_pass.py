@@ -1,0 +1,126 @@
+"""One forward pass in which every expert and Linear is looked at while it is at hand, without gradients of the loss.
+
+What errors cost is then the squared error of outputs: of a layer's routed experts, weighted by the router, or of a
+Linear. The gradient of that by an output has, up to a factor, random signs (Hutchinson's estimator), so these stand
+where a backward pass would put the gradients of the predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..distributed import share, wait
+from ..moe_model import MoELayer
+from .experts import ExpertWeights
+from .routing import Routing
+from .samples import EXPERT_TOKENS, LayerSamples, LinearRecorder, LinearSamples, Sampler, chosen_pairs
+from .stream import Stream
+from .study import LayerStudy
+
+__all__ = ["output_pass"]
+
+ExpertVisitor = Callable[[LayerStudy, int, ExpertWeights], None]
+LinearVisitor = Callable[[str, LinearSamples], None]
+
+
+def output_pass(
+    stream: Stream, linears: Mapping[str, nn.Linear], name: str, of_expert: ExpertVisitor, of_linear: LinearVisitor
+) -> None:
+    """Go through the model once, with hidden states in scratch as `name`.
+
+    `of_expert` is called with every expert of every layer, `of_linear` with every one of `linears` that tokens reach;
+    each in one process of `torchrun`.
+    """
+    _OutputPass(stream, linears, name, of_expert, of_linear).run()
+
+
+class _OutputPass:
+    def __init__(
+        self, stream: Stream, linears: Mapping[str, nn.Linear], name: str, expert: ExpertVisitor, linear: LinearVisitor
+    ) -> None:
+        self._stream, self._linears, self._name = stream, linears, name
+        self._of_expert, self._of_linear = expert, linear
+        self._sampler, self._index = Sampler(stream.scratch, stream.dtype), 0
+
+    def run(self) -> None:
+        stream = self._stream
+        width = stream.decoder.embedding.embedding_dim
+        room = stream.data.num_tokens * width * (2 * stream.dtype.itemsize + 2 * 4)
+        stream.scratch.check_room(room, f"calibration with {stream.data.num_tokens} tokens")
+        with stream.running():
+            last = stream.forward(self._name, "rounding, forward", self._through)[len(stream.decoder.names)]
+            self._through_head(last)
+        stream.forget(self._name)
+        wait()
+
+    def _through(self, block: str, hidden: torch.Tensor, into: torch.Tensor) -> None:
+        stream, layer = self._stream, self._stream.layers.get(block)
+        own = {name: module for name, module in self._linears.items() if name.startswith(f"{block}.")}
+        with stream.block(block):
+            output = None
+            if layer is not None:
+                routing = stream.route(block, hidden)
+                study = LayerStudy(layer, _samples(routing, layer, stream.data.valid))
+                output = stream.combine(layer, routing, weights_of=partial(self._visited, study))
+                routing.discard()
+            recorder = self._recorder(own)
+            with ExitStack() as stack:
+                for linear, module in own.items():
+                    hook = module.register_forward_hook(partial(self._see, recorder, linear))
+                    stack.callback(hook.remove)
+                stream.advance(block, hidden, output, into, self._begin)
+            self._visit(recorder)
+
+    def _begin(self, index: int) -> None:
+        self._index = index
+
+    def _see(self, recorder: LinearRecorder, name: str, _module: nn.Module, args: tuple, _output: object) -> None:
+        inputs = args[0].detach()
+        recorder.see(name, self._index, inputs, inputs.new_ones(1, *inputs.shape[:-1], 1))
+
+    def _visited(self, study: LayerStudy, layer: MoELayer, expert: int, device: torch.device) -> ExpertWeights:
+        own = ExpertWeights.of(layer, expert, device)
+        if expert in share(layer.live_experts):
+            self._of_expert(study, expert, own)
+        return own
+
+    def _through_head(self, hidden: torch.Tensor) -> None:
+        stream = self._stream
+        head = stream.model.get_output_embeddings()
+        recorder = self._recorder({name: module for name, module in self._linears.items() if module is head})
+        for name in recorder.modules:
+            for index in stream.own:
+                self._begin(index)
+                self._see(recorder, name, head, (stream.finish(index, stream.rows(hidden, index)),), None)
+        self._visit(recorder)
+
+    def _recorder(self, own: Mapping[str, nn.Linear]) -> LinearRecorder:
+        return LinearRecorder(own, self._stream.data, self._sampler, f"{self._name}.linear")
+
+    def _visit(self, recorder: LinearRecorder) -> None:
+        recorder.keep()
+        for name in share(sorted(recorder.finished)):
+            self._of_linear(name, recorder.finished[name])
+        self._stream.scratch.discard_all(f"{self._name}.linear")
+
+
+def _samples(routing: Routing, layer: MoELayer, valid: torch.Tensor) -> LayerSamples:
+    """What the experts get, with signs that stand for gradients; of each expert's tokens a bounded, even sample."""
+    tokens, width = routing.hidden.shape
+    signs = torch.randint(2, (1, 1, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    in_sample, counts = chosen_pairs(routing.indices, layer.num_experts, EXPERT_TOKENS)
+    return LayerSamples(
+        hidden=routing.hidden,
+        indices=routing.indices,
+        weights=routing.weights,
+        gradient=signs.expand(1, tokens, width),
+        in_sample=in_sample,
+        layer_tokens=torch.empty(0, dtype=torch.long),
+        counts=counts,
+        num_tokens=int(valid.sum()),
+    )
