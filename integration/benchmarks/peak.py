@@ -188,7 +188,15 @@ class DiskReads:
     `install` it when all that reads checkpoints is imported; it stays for the life of the process.
     """
 
+    source: Path
+    """The folder of the model's own files."""
     asked: int = 0
+    asked_of_source: int = 0
+
+    def add(self, size: int, path: Path) -> None:
+        """Count bytes asked of the file `path`."""
+        self.asked += size
+        self.asked_of_source += size * path.resolve().is_relative_to(self.source.resolve())
 
     def install(self) -> None:
         """Put a counting `safe_open` in the place of safetensors' own, in every module that has it by name."""
@@ -198,25 +206,26 @@ class DiskReads:
                 vars(module)["safe_open"] = counting
 
     def _opened(self, stock: Any) -> Any:
-        return lambda *args, **kwargs: _CountedFile(stock(*args, **kwargs), self)
+        return lambda path, *args, **kwargs: _CountedFile(stock(path, *args, **kwargs), self, Path(path))
 
     def by_system(self) -> dict[str, int]:
         """With what the kernel counts: `rchar`, read by system calls, and `read_bytes`, fetched from the disk."""
         counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-        return {"asked": self.asked, "rchar": int(counters["rchar"]), "fetched": int(counters["read_bytes"])}
+        own = {"asked": self.asked, "asked_of_source": self.asked_of_source}
+        return own | {"rchar": int(counters["rchar"]), "fetched": int(counters["read_bytes"])}
 
 
 class _Counted:
     """Passes on whatever is not counted."""
 
-    def __init__(self, inner: Any, reads: DiskReads) -> None:
-        self._inner, self._reads = inner, reads
+    def __init__(self, inner: Any, reads: DiskReads, path: Path) -> None:
+        self._inner, self._reads, self._path = inner, reads, path
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def _count(self, tensor: Any) -> Any:
-        self._reads.asked += tensor.nbytes
+        self._reads.add(tensor.nbytes, self._path)
         return tensor
 
 
@@ -239,7 +248,7 @@ class _CountedFile(_Counted):
 
     def get_slice(self, name: str) -> _CountedSlice:
         """As safetensors' own."""
-        return _CountedSlice(self._inner.get_slice(name), self._reads)
+        return _CountedSlice(self._inner.get_slice(name), self._reads, self._path)
 
 
 def machine() -> str:

@@ -29,7 +29,7 @@ from .expert_speed import EXPERTS, growth_row, speed_row
 from .peak import machine
 from .rows import Rows
 from .sampled import extrapolated
-from .scale_jobs import SAMPLED, run_job
+from .scale_jobs import PLANNED, SAMPLED, run_job
 from .scale_report import RECIPES, broken_claims, table
 from .shapes import DEEPSEEK, OLMOE, SMALL, Shape, check_room, make_model
 from .ways import WAYS, run_way
@@ -61,6 +61,9 @@ CASES = {
     "deepseek-layer": Case(DEEPSEEK, SAMPLED, 2048, sample=8),
     "gptq-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "stock GPTQ", 8192),
     "ours-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "our rounding", 8192),
+    "outputs-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "our rounding, outputs", 8192),
+    "plan-outputs": Case(OLMOE.resized(num_hidden_layers=4), PLANNED[0], 8192),
+    "plan-nearest": Case(OLMOE.resized(num_hidden_layers=4), PLANNED[1], 0),
     **{
         f"layers-{count}-{how}": Case(shape.resized(num_hidden_layers=count), how, 4096)
         for how, shape in zip(RECIPES, (SMALL, NARROW), strict=True)
@@ -107,7 +110,7 @@ class ScaleBench:
         (found,) = run_way("disk", job, folder, folder)
         if case.sample:
             found.result["sampled"] = extrapolated(found.result["sampled"], found.stages, size)
-        compressing = [stage for name, stage in found.stages.items() if name != "serve"]
+        compressing = [stage for name, stage in found.stages.items() if name not in ("plain reading", "serve")]
         return {
             "model": f"{case.shape.family}, {case.shape.config['num_hidden_layers']} layers",
             "model_bytes": size,
@@ -116,6 +119,7 @@ class ScaleBench:
             "peak": max(stage.memory for stage in compressing),
             "mapped": max(stage.mapped for stage in compressing),
             "reads_per_byte": found.result["reads"]["asked"] / size,
+            "passes": found.result["reads"]["asked_of_source"] / size,
             "wall": sum(stage.seconds for stage in compressing),
             "stages": {name: asdict(stage) for name, stage in found.stages.items()},
             "machine": machine(),

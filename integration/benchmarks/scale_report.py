@@ -42,6 +42,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines += ["", *(_prediction(row) for row in sampled)]
     lines += [_comparison(row) for row in rows if "equal" in row]
     lines += _speed([row for row in rows if "core_hours" in row])
+    lines += [_planned(row) for row in rows if "reading_seconds" in row]
     lines += [_growth(row) for row in rows if "grown" in row]
     return "\n".join(lines)
 
@@ -61,6 +62,14 @@ def _speed(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"| | | {row['rounding_ratio']:.2f} of the old, {row['share_of_peak']:.0%} of a product's rate "
             f"| {row['costs_per_rounding']:.2f} of moments and rounding | |"
         )
+
+
+def _planned(row: dict[str, Any]) -> str:
+    ratio = row["wall"] / row["reading_seconds"]
+    return (
+        f"{row['row']}: {row['passes']:.2f} passes over the weights in {row['wall']:.0f} s; the disk takes "
+        f"{row['reading_seconds']:.0f} s to read them ({ratio:.0f} times)."
+    )
 
 
 def _growth(row: dict[str, Any]) -> str:
