@@ -29,13 +29,22 @@ LinearVisitor = Callable[[str, LinearSamples], None]
 
 
 def output_pass(
-    stream: Stream, linears: Mapping[str, nn.Linear], name: str, of_expert: ExpertVisitor, of_linear: LinearVisitor
+    stream: Stream,
+    linears: Mapping[str, nn.Linear],
+    name: str,
+    of_expert: ExpertVisitor,
+    of_linear: LinearVisitor,
+    later: int = 0,
 ) -> None:
-    """Go through the model once, with hidden states in scratch as `name`.
+    """Go through the model once, with hidden states in scratch as `name`; room is checked, for `later` bytes too.
 
     `of_expert` is called with every expert of every layer, `of_linear` with every one of `linears` that tokens reach;
     each in one process of `torchrun`.
     """
+    tokens, width = stream.data.num_tokens, stream.decoder.embedding.embedding_dim
+    # Hidden states before and after a block, and in float32 what its experts get and put out.
+    room = tokens * width * (2 * stream.dtype.itemsize + 2 * 4)
+    stream.scratch.check_room(room + later, f"calibration with {tokens} tokens")
     _OutputPass(stream, linears, name, of_expert, of_linear).run()
 
 
@@ -49,9 +58,6 @@ class _OutputPass:
 
     def run(self) -> None:
         stream = self._stream
-        width = stream.decoder.embedding.embedding_dim
-        room = stream.data.num_tokens * width * (2 * stream.dtype.itemsize + 2 * 4)
-        stream.scratch.check_room(room, f"calibration with {stream.data.num_tokens} tokens")
         with stream.running():
             last = stream.forward(self._name, "rounding, forward", self._through)[len(stream.decoder.names)]
             self._through_head(last)

@@ -89,8 +89,10 @@ class RoundedModel:
         wanted, calibration = self._wanted(schemes, "outputs"), self._calibration
 
         def of_expert(study: LayerStudy, index: int, own: ExpertWeights) -> None:
-            if pair := wanted.pairs[study.layer.name].get(index):
-                _warn_of_unseen(study, [index])
+            pairs = wanted.pairs[study.layer.name]
+            if pairs and index == min(pairs):
+                _warn_of_unseen(study, pairs)
+            if pair := pairs.get(index):
                 grids = ExpertGroup(study, {index: own}).round(self.rounder, {index: pair})[index]
                 self._keep_expert(study.layer, index, grids, wanted)
 
@@ -99,7 +101,8 @@ class RoundedModel:
 
         if any(self._missing(name, wanted) for name in wanted.everything):
             modules = {name: calibration.model.get_submodule(name) for name in wanted.linears}
-            output_pass(calibration.stream(calibration.learn), modules, "outputs", of_expert, of_linear)
+            stream, later = calibration.stream(calibration.learn), calibration.later
+            output_pass(stream, modules, "outputs", of_expert, of_linear, later)
             for name in wanted.linears:
                 if self._missing(name, wanted):
                     self._keep_linear(name, [], wanted)  # no token reaches it
@@ -123,7 +126,8 @@ class RoundedModel:
                 grids = ExpertGrids(nearest(own.gate_up, gate_up), nearest(own.down, down))
                 self._keep_expert(layer, index, grids, wanted)
 
-        return self._spread(wanted, lambda: None, do)
+        prepare = partial(self._calibration.scratch.check_room, self._calibration.later, "the rounded weights")
+        return self._spread(wanted, prepare, do)
 
     def _wanted(self, schemes: Mapping[str, Scheme], *key: str) -> _Wanted:
         layers = {layer.name: layer for layer in self._calibration.moe.layers}

@@ -25,8 +25,10 @@ __all__ = ["HALVES", "ExpertGrids", "ExpertGroup", "LayerStudy", "Traffic"]
 HALVES = ("gate_up", "down")
 """An expert's two halves, which get a scheme each: gate_proj and up_proj as one fused matrix, and down_proj."""
 
-_GROUP_BYTES = 64 << 20
-"""Of weights, inputs and second moments of the experts that are at hand together; never less than one expert."""
+_GROUP_BYTES, _ACCELERATOR_BYTES = 64 << 20, 1 << 30
+"""Of weights, inputs and second moments of the experts that are at hand together; never less than one expert. Columns
+are gone through one after the other, so an accelerator takes as long for one expert as for many.
+"""
 _TOKENS = 1024
 """Of an expert that are looked at together, so that memory does not grow with their number."""
 
@@ -54,7 +56,8 @@ class LayerStudy:
         hidden, inner = first.out_features, first.in_features
         tokens = min(EXPERT_TOKENS, int(self.samples.counts.max()))
         size = 4 * (hidden**2 + inner**2 + 3 * hidden * inner + tokens * inner)
-        together = max(1, _GROUP_BYTES // size)
+        most = _GROUP_BYTES if self.device.type == "cpu" else _ACCELERATOR_BYTES
+        together = max(1, most // size)
         for start in range(0, len(members), together):
             group = members[start : start + together]
             yield ExpertGroup(self, {index: ExpertWeights.of(self.layer, index, self.device) for index in group})
