@@ -66,11 +66,12 @@ def run_job(job: dict[str, Any], folder: Path) -> None:
         distributed.init_process_group("gloo")
         data = own_share(data)
     model = load(source, work / "offload" if job["way"] == "disk" else None, job.get("attention", "sdpa"))
+    at_load = reads.asked_of_source
     if job.get("sample"):
         result["sampled"] = measure_sampled(model, data, job["sample"], work / "scratch", reads)
     if job["recipe"] != SAMPLED:
         result |= _compress(model, job, data, work)
-    result["reads"] = reads.by_system()
+    result["reads"] = reads.by_system() | {"at_load": at_load}
     if "serve" in job:
         del model
         announce("serve")

@@ -67,8 +67,9 @@ def _speed(rows: list[dict[str, Any]]) -> Iterator[str]:
 def _planned(row: dict[str, Any]) -> str:
     ratio = row["wall"] / row["reading_seconds"]
     return (
-        f"{row['row']}: {row['passes']:.2f} passes over the weights in {row['wall']:.0f} s; the disk takes "
-        f"{row['reading_seconds']:.0f} s to read them ({ratio:.0f} times)."
+        f"{row['row']}: {row['passes']:.2f} passes over the weights, and {row['reads']['at_load'] / row['model_bytes']:.2f} "
+        f"when transformers loads the model, in {row['wall']:.0f} s; the disk takes {row['reading_seconds']:.0f} s to read "
+        f"them ({ratio:.0f} times)."
     )
 
 
