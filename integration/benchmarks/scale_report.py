@@ -67,8 +67,8 @@ def _speed(rows: list[dict[str, Any]]) -> Iterator[str]:
 def _planned(row: dict[str, Any]) -> str:
     at_load, disk = row["reads"]["at_load"] / row["model_bytes"], row["reading_seconds"]
     return (
-        f"{row['row']}: {row['passes']:.2f} passes over the weights, and {at_load:.2f} when transformers loads the model, "
-        f"in {row['wall']:.0f} s; the disk takes {disk:.0f} s to read them ({row['wall'] / disk:.0f} times)."
+        f"{row['row']}: {row['passes']:.2f} passes over the weights, and {at_load:.2f} when transformers loads the "
+        f"model, in {row['wall']:.0f} s; the disk takes {disk:.0f} s to read them ({row['wall'] / disk:.0f} times)."
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..formats import Scheme
 from .feedback import descend, factored, feed_back
-from .grid import Grid, nearest
+from .grid import Grid
 from .scales import best_grid
 
 __all__ = ["Rounder"]
@@ -35,29 +35,14 @@ class Rounder:
         `moments` [batch, columns, columns] are second moments of their inputs, positive definite.
         """
         rows = weights.float()
-        if not self.feedback:
-            return self._to_nearest(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
-        grid = self._searched(rows, moments.diagonal(dim1=-2, dim2=-1), scheme)
-        feed_back(rows, factored(moments), grid)
-        if self.descent and scheme.num_bits < 8:
+        grid = best_grid(rows, moments.diagonal(dim1=-2, dim2=-1), scheme, self.scale_dtype)
+        if self.feedback:
+            feed_back(rows, factored(moments), grid)
+        if self.feedback and self.descent and scheme.num_bits < 8:
             descend(rows, moments, grid, _SWEEPS, self.scale_dtype)
         return grid
 
     def nearest(self, weights: torch.Tensor, scheme: Scheme) -> Grid:
         """Round `weights` [batch, rows, columns] to nearest, all columns alike."""
-        return self._to_nearest(weights.float(), weights.new_ones(len(weights), weights.shape[2]).float(), scheme)
-
-    def _to_nearest(self, rows: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
-        grid = self._searched(rows, importance, scheme)
-        grid.codes = nearest(rows, grid.wide(grid.scales), grid.wide(grid.zeros), scheme.levels)
-        return grid
-
-    def _searched(self, rows: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
-        grid = best_grid(rows, importance, scheme)
-        grid.scales = self._narrowed(grid.scales)
-        return grid
-
-    def _narrowed(self, scales: torch.Tensor) -> torch.Tensor:
-        """As the checkpoint will store them; none becomes 0."""
-        narrow = scales.to(self.scale_dtype).float()
-        return torch.where(narrow == 0, torch.finfo(self.scale_dtype).tiny, narrow)
+        rows = weights.float()
+        return best_grid(rows, rows.new_ones(len(rows), rows.shape[2]), scheme, self.scale_dtype)

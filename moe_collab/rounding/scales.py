@@ -16,16 +16,17 @@ __all__ = ["best_grid", "nearest_loss"]
 _TINY = 1e-9
 
 
-def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> Grid:
-    """Round `weights` [batch, rows, columns] to nearest on the best grid found.
+def best_grid(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+    """Round `weights` [batch, rows, columns] to nearest on the best grid found, with scales as `scale_dtype` has them.
 
     `importance` [batch, columns] weights the squared errors of each column; it is the diagonal of the second moment.
     """
     group = scheme.group_of(weights.shape[2])
     _, scales, zeros = search(weights, importance, group, partial(_candidates, scheme=scheme), scheme.levels)
-    grid = Grid(scheme, torch.empty_like(weights), scales, zeros)
-    grid.codes = nearest(weights, grid.wide(scales), grid.wide(zeros), scheme.levels)
-    return grid
+    narrow = scales.to(scale_dtype).float()
+    scales = torch.where(narrow == 0, torch.finfo(scale_dtype).tiny, narrow)
+    codes = nearest(weights.reshape(*scales.shape, -1), scales[..., None], zeros[..., None], scheme.levels)
+    return Grid(scheme, codes.view(weights.shape), scales, zeros)
 
 
 def nearest_loss(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> torch.Tensor:

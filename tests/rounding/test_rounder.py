@@ -45,7 +45,7 @@ def test_codes_and_zeros_are_integers_of_the_scheme(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES[:5], ids=str)
 def test_each_stage_lowers_the_loss(scheme):
     weights, moments = problem()
-    grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), scheme)
+    grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), scheme, torch.float32)
     losses = [loss(weights, moments, grid).sum()]
     feed_back(weights, factored(moments), grid)
     losses.append(loss(weights, moments, grid).sum())
@@ -58,7 +58,7 @@ def test_each_stage_lowers_the_loss(scheme):
 def test_feedback_is_gptq():
     """As arXiv 2210.17323 writes it, column by column with the inverse's triangle, in the same order."""
     weights, moments = problem(1, 8, 96)
-    grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), Scheme(4, 32))
+    grid = best_grid(weights, moments.diagonal(dim1=-2, dim2=-1), Scheme(4, 32), torch.float32)
     found = factored(moments)
     feed_back(weights, found, grid)
     order = found.order[0].flip(0)

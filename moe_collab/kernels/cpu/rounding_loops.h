@@ -121,28 +121,44 @@ void descend(const Descent& x, int64_t row, int rows) {
   store_tile(before, count, rows, count, x.change + row * count);
 }
 
+// The first `count` floats at `from`, and zeros.
+inline Lanes load(const float* from, int count) {
+  Lanes out{};
+  if (count >= kLanes)
+    std::memcpy(&out, from, sizeof out);
+  else
+    std::memcpy(&out, from, count * sizeof(float));
+  return out;
+}
+
 void search(const Search& x, int64_t row) {
+  constexpr int kTogether = 4;  // candidates, so that one need not wait for the sums of another
   const int groups = static_cast<int>(x.columns / x.group);
-  const float* weights = x.weights + row * x.columns;
   for (int g = 0; g < groups; ++g) {
+    const float* weights = x.weights + row * x.columns + g * x.group;
+    const float* importance = x.importance + g * x.group;
     float best = INFINITY;
     int64_t chosen = 0;
-    for (int c = 0; c < x.candidates; ++c) {
-      const int64_t at = (c * x.rows + row) * groups + g;
-      const Lanes scale = all(x.scales[at]), zero = all(x.zeros[at]), inverse = all(1.0f / x.scales[at]);
-      const Lanes low = x.low - zero, high = x.high - zero;
-      Lanes sums{};
-      for (int j = 0; j < x.group; j += kLanes) {
-        const int count = x.group - j < kLanes ? x.group - j : kLanes;
-        Lanes weight{}, importance{};
-        std::memcpy(&weight, weights + g * x.group + j, count * sizeof(float));
-        std::memcpy(&importance, x.importance + g * x.group + j, count * sizeof(float));
-        const Lanes error = rounded(clamped(weight * inverse, low, high)) * scale - weight;
-        sums += importance * error * error;
+    for (int first = 0; first < x.candidates; first += kTogether) {
+      Lanes scale[kTogether], inverse[kTogether], low[kTogether], high[kTogether], sums[kTogether] = {};
+      for (int k = 0; k < kTogether; ++k) {
+        const int64_t c = first + k < x.candidates ? first + k : x.candidates - 1;
+        const int64_t at = (c * x.rows + row) * groups + g;
+        scale[k] = all(x.scales[at]), inverse[k] = all(1.0f / x.scales[at]);
+        low[k] = all(x.low - x.zeros[at]), high[k] = all(x.high - x.zeros[at]);
       }
-      float loss = 0;
-      for (int r = 0; r < kLanes; ++r) loss += sums[r];
-      if (loss < best) best = loss, chosen = c;
+      for (int j = 0; j < x.group; j += kLanes) {
+        const Lanes weight = load(weights + j, x.group - j), weighing = load(importance + j, x.group - j);
+        for (int k = 0; k < kTogether; ++k) {
+          const Lanes error = rounded(clamped(weight * inverse[k], low[k], high[k])) * scale[k] - weight;
+          sums[k] += weighing * error * error;
+        }
+      }
+      for (int k = 0; k < kTogether; ++k) {
+        float loss = 0;
+        for (int r = 0; r < kLanes; ++r) loss += sums[k][r];
+        if (loss < best) best = loss, chosen = first + k;
+      }
     }
     x.losses[row * groups + g] = best;
     x.chosen[row * groups + g] = chosen;
