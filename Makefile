@@ -95,6 +95,7 @@ bench-families: environments $(KERNELS)
 fixture: .venv/compress/.ready
 	$(COMPRESS)/python -m integration.fixture.train qwen3_moe
 	$(COMPRESS)/python -m integration.fixture.train deepseek_v3
+	$(COMPRESS)/python -m integration.fixture.train olmoe --seed 7
 
 clean:
 	rm -rf .venv build

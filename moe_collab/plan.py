@@ -64,8 +64,10 @@ class CompressionPlan(BaseModel):
         """Read a plan. Raises `MoeCollabError` naming the file when it is not a valid plan."""
         try:
             return cls.model_validate_json(Path(path).read_text())
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise MoeCollabError(f"{path}: not a valid compression plan; delete it to plan anew.\n{error}") from error
+        except (ValidationError, UnicodeDecodeError, OSError) as error:
+            raise MoeCollabError(
+                f"{path}: no compression plan of version 2. Name another file, or delete it to plan anew.\n{error}"
+            ) from error
 
     def check_matches(self, path: str | Path, model: str, recipe: str | None = None) -> None:
         """Raise `MoeCollabError` if the plan at `path` is for another model, or another recipe if that matters."""

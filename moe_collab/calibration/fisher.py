@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from ..errors import MoeCollabError
 from ..moe_model import MoELayer
 from .block_gradients import BlockGradients, room_for_gradients
 from .head import HeadGradients
@@ -58,8 +57,7 @@ class FisherPass:
         self._back = BlockGradients(stream, linears, self._recorder)
         self.layers: dict[str, LayerSamples] = {}
         self.linears = self._recorder.finished
-        if not bool(stream.data.valid.any()):
-            raise MoeCollabError("calibration reached no token. Give oneshot() a non-empty dataset.")
+        stream.data.check_any()
         stream.scratch.check_room(self._room_needed() + later, f"calibration with {stream.data.num_tokens} tokens")
         with stream.running():
             self._backward()

@@ -60,6 +60,11 @@ class MicroBatches:
         masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.batches)
         return torch.cat([mask.bool().flatten() for mask in masks])
 
+    def check_any(self) -> None:
+        """Raise `MoeCollabError` if all is padding."""
+        if not bool(self.valid.any()):
+            raise MoeCollabError("calibration reached no token. Give oneshot() a non-empty dataset.")
+
     @cached_property
     def predicted(self) -> torch.Tensor:
         """Which tokens are no padding and followed by one that is none, bool [tokens]."""

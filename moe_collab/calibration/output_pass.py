@@ -7,7 +7,7 @@ where a backward pass would put the gradients of the predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -20,63 +20,81 @@ from .experts import ExpertWeights
 from .routing import Routing
 from .samples import EXPERT_TOKENS, LayerSamples, LinearRecorder, LinearSamples, Sampler, chosen_pairs
 from .stream import Stream
-from .study import LayerStudy
+from .study import ExpertGroup, LayerStudy
 
 __all__ = ["output_pass"]
 
-ExpertVisitor = Callable[[LayerStudy, int, ExpertWeights], None]
+GroupVisitor = Callable[[ExpertGroup], None]
 LinearVisitor = Callable[[str, LinearSamples], None]
 
 
 def output_pass(
     stream: Stream,
+    experts: Mapping[str, Collection[int]],
     linears: Mapping[str, nn.Linear],
     name: str,
-    of_expert: ExpertVisitor,
+    of_group: GroupVisitor,
     of_linear: LinearVisitor,
     later: int = 0,
 ) -> None:
     """Go through the model once, with hidden states in scratch as `name`; room is checked, for `later` bytes too.
 
-    `of_expert` is called with every expert of every layer, `of_linear` with every one of `linears` that tokens reach;
-    each in one process of `torchrun`.
+    `of_group` is called with the `experts` of every layer (by its name), some at a time, and `of_linear` with every one
+    of `linears` that tokens reach; each in one process of `torchrun`.
     """
-    tokens, width = stream.data.num_tokens, stream.decoder.embedding.embedding_dim
-    # Hidden states before and after a block, and in float32 what its experts get and put out.
-    room = tokens * width * (2 * stream.dtype.itemsize + 2 * 4)
-    stream.scratch.check_room(room + later, f"calibration with {tokens} tokens")
-    _OutputPass(stream, linears, name, of_expert, of_linear).run()
+    stream.data.check_any()
+    _OutputPass(stream, experts, linears, name, of_group, of_linear).run(later)
 
 
 class _OutputPass:
     def __init__(
-        self, stream: Stream, linears: Mapping[str, nn.Linear], name: str, expert: ExpertVisitor, linear: LinearVisitor
+        self,
+        stream: Stream,
+        experts: Mapping[str, Collection[int]],
+        linears: Mapping[str, nn.Linear],
+        name: str,
+        of_group: GroupVisitor,
+        of_linear: LinearVisitor,
     ) -> None:
-        self._stream, self._linears, self._name = stream, linears, name
-        self._of_expert, self._of_linear = expert, linear
+        self._stream, self._experts, self._linears, self._name = stream, experts, linears, name
+        self._of_group, self._of_linear = of_group, of_linear
         self._sampler, self._index = Sampler(stream.scratch, stream.dtype), 0
 
-    def run(self) -> None:
+    def run(self, later: int) -> None:
         stream = self._stream
+        stream.scratch.check_room(self._room_needed() + later, f"calibration with {stream.data.num_tokens} tokens")
         with stream.running():
             last = stream.forward(self._name, "rounding, forward", self._through)[len(stream.decoder.names)]
             self._through_head(last)
         stream.forget(self._name)
         wait()
 
+    def _room_needed(self) -> int:
+        """Most bytes that this pass takes: hidden states before and after a block, what its experts get and put out in
+        float32, and samples of its Linears."""
+        stream = self._stream
+        width = stream.decoder.embedding.embedding_dim
+        hidden = stream.data.num_tokens * width * (2 * stream.dtype.itemsize + 2 * 4)
+        by_block = (self._recorder(self._inside(block)) for block in stream.decoder.names)
+        return hidden + max(sum(map(found.most_bytes, found.modules.values())) for found in by_block)
+
+    def _inside(self, block: str) -> dict[str, nn.Linear]:
+        return {name: module for name, module in self._linears.items() if name.startswith(f"{block}.")}
+
     def _through(self, block: str, hidden: torch.Tensor, into: torch.Tensor) -> None:
         stream, layer = self._stream, self._stream.layers.get(block)
-        own = {name: module for name, module in self._linears.items() if name.startswith(f"{block}.")}
         with stream.block(block):
             output = None
             if layer is not None:
                 routing = stream.route(block, hidden)
-                study = LayerStudy(layer, _samples(routing, layer, stream.data.valid))
-                output = stream.combine(layer, routing, weights_of=partial(self._visited, study))
+                groups = _Groups(
+                    LayerStudy(layer, _samples(routing, layer, stream.data.valid)), self._experts[layer.name]
+                )
+                output = stream.combine(layer, routing, weights_of=partial(groups.weights_of, self._of_group))
                 routing.discard()
-            recorder = self._recorder(own)
+            recorder = self._recorder(self._inside(block))
             with ExitStack() as stack:
-                for linear, module in own.items():
+                for linear, module in recorder.modules.items():
                     hook = module.register_forward_hook(partial(self._see, recorder, linear))
                     stack.callback(hook.remove)
                 stream.advance(block, hidden, output, into, self._begin)
@@ -88,12 +106,6 @@ class _OutputPass:
     def _see(self, recorder: LinearRecorder, name: str, _module: nn.Module, args: tuple, _output: object) -> None:
         inputs = args[0].detach()
         recorder.see(name, self._index, inputs, inputs.new_ones(1, *inputs.shape[:-1], 1))
-
-    def _visited(self, study: LayerStudy, layer: MoELayer, expert: int, device: torch.device) -> ExpertWeights:
-        own = ExpertWeights.of(layer, expert, device)
-        if expert in share(layer.live_experts):
-            self._of_expert(study, expert, own)
-        return own
 
     def _through_head(self, hidden: torch.Tensor) -> None:
         stream = self._stream
@@ -115,8 +127,30 @@ class _OutputPass:
         self._stream.scratch.discard_all(f"{self._name}.linear")
 
 
+class _Groups:
+    """Gathers experts of a layer as they come along until a group is complete that this process sees to."""
+
+    def __init__(self, study: LayerStudy, experts: Collection[int]) -> None:
+        self._study = study
+        self._group_of = {index: group for group in share(study.divided(experts)) for index in group}
+        self._present: dict[int, ExpertWeights] = {}
+
+    def weights_of(self, visit: GroupVisitor, layer: MoELayer, expert: int, device: torch.device) -> ExpertWeights:
+        """The weights of an expert; with the last one of its group, `visit` is called with that."""
+        own, group = ExpertWeights.of(layer, expert, device), self._group_of.get(expert)
+        if group is not None:
+            self._present[expert] = own
+            if expert == group[-1]:
+                present, self._present = self._present, {}
+                visit(ExpertGroup(self._study, present))
+        return own
+
+
 def _samples(routing: Routing, layer: MoELayer, valid: torch.Tensor) -> LayerSamples:
-    """What the experts get, with signs that stand for gradients; of each expert's tokens a bounded, even sample."""
+    """What the experts get, with signs that stand for gradients; of each expert's tokens a bounded, even sample.
+
+    The signs are drawn once for all tokens: what counts is a sum over an expert's many channels.
+    """
     tokens, width = routing.hidden.shape
     signs = torch.randint(2, (1, 1, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     in_sample, counts = chosen_pairs(routing.indices, layer.num_experts, EXPERT_TOKENS)

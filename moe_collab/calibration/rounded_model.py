@@ -88,21 +88,19 @@ class RoundedModel:
         """
         wanted, calibration = self._wanted(schemes, "outputs"), self._calibration
 
-        def of_expert(study: LayerStudy, index: int, own: ExpertWeights) -> None:
-            pairs = wanted.pairs[study.layer.name]
-            if pairs and index == min(pairs):
-                _warn_of_unseen(study, pairs)
-            if pair := pairs.get(index):
-                grids = ExpertGroup(study, {index: own}).round(self.rounder, {index: pair})[index]
-                self._keep_expert(study.layer, index, grids, wanted)
+        def of_group(group: ExpertGroup) -> None:
+            _warn_of_unseen(group.study, group.members)
+            for index, grids in group.round(self.rounder, wanted.pairs[group.study.layer.name]).items():
+                self._keep_expert(group.study.layer, index, grids, wanted)
 
         def of_linear(name: str, samples: LinearSamples) -> None:
             self._keep_linear(name, [samples.rounded(self.rounder, schemes[name])], wanted)
 
         if any(self._missing(name, wanted) for name in wanted.everything):
             modules = {name: calibration.model.get_submodule(name) for name in wanted.linears}
+            name = f"outputs-{key_of({name: str(scheme) for name, scheme in wanted.packed.items()})}"
             stream, later = calibration.stream(calibration.learn), calibration.later
-            output_pass(stream, modules, "outputs", of_expert, of_linear, later)
+            output_pass(stream, wanted.pairs, modules, name, of_group, of_linear, later)
             for name in wanted.linears:
                 if self._missing(name, wanted):
                     self._keep_linear(name, [], wanted)  # no token reaches it

@@ -1,6 +1,6 @@
 """`LayerStudy`: what rounding the experts of one layer rests on, and their rounding.
 
-As many experts as take a fixed amount of memory are at hand together; for large models that is one.
+As many experts as take a fixed amount of memory are at hand together; for large models on a CPU that is one.
 """
 
 from __future__ import annotations
@@ -49,18 +49,21 @@ class LayerStudy:
 
     def groups(self, experts: Collection[int]) -> Iterator[ExpertGroup]:
         """Of the layer's `experts` those that have weights, a group at a time."""
+        for group in self.divided(experts):
+            yield ExpertGroup(self, {index: ExpertWeights.of(self.layer, index, self.device) for index in group})
+
+    def divided(self, experts: Collection[int]) -> list[list[int]]:
+        """Of the layer's `experts` those that have weights, in order, in groups that fit in memory."""
         members = [index for index in self.layer.live_experts if index in experts]
         if not members:
-            return
+            return []
         first = self.layer.expert(members[0]).down_proj
         hidden, inner = first.out_features, first.in_features
         tokens = min(EXPERT_TOKENS, int(self.samples.counts.max()))
         size = 4 * (hidden**2 + inner**2 + 3 * hidden * inner + tokens * inner)
         most = _GROUP_BYTES if self.device.type == "cpu" else _ACCELERATOR_BYTES
         together = max(1, most // size)
-        for start in range(0, len(members), together):
-            group = members[start : start + together]
-            yield ExpertGroup(self, {index: ExpertWeights.of(self.layer, index, self.device) for index in group})
+        return [members[start : start + together] for start in range(0, len(members), together)]
 
 
 class Traffic:

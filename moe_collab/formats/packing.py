@@ -28,17 +28,17 @@ def pack(codes: torch.Tensor, num_bits: int, packed_dim: int = 1) -> torch.Tenso
     if packed_dim == 0:
         return pack(codes.T, num_bits).T.contiguous()
     rows, columns = codes.shape
-    padding = -columns % 32
+    padding, half = -columns % 32, 1 << (num_bits - 1)
     # What lies beyond the columns is to be zero once it is made unsigned.
-    whole = torch.nn.functional.pad(codes, (0, padding), value=-(1 << (num_bits - 1)))
-    places = whole.reshape(rows, -1, 32).permute(2, 0, 1).contiguous()
+    whole = torch.nn.functional.pad(codes, (0, padding), value=-half)
+    places = whole.reshape(rows, (columns + padding) // 32, 32).permute(2, 0, 1).contiguous()
     words = torch.zeros(num_bits, *places.shape[1:], dtype=torch.int32, device=codes.device)
     for place, own in enumerate(places):
-        (word, shift), unsigned = divmod(place * num_bits, 32), own.int() + (1 << (num_bits - 1))
+        (word, shift), unsigned = divmod(place * num_bits, 32), (own.int() + half) & 2 * half - 1
         words[word] |= unsigned << shift
         if shift + num_bits > 32:  # the code begins in one word and ends in the next
             words[word + 1] |= unsigned >> (32 - shift)
-    return words.permute(1, 2, 0).reshape(rows, -1)[:, : packed_width(columns, num_bits)].contiguous()
+    return words.permute(1, 2, 0).flatten(1)[:, : packed_width(columns, num_bits)].contiguous()
 
 
 def unpack(packed: torch.Tensor, num_bits: int, shape: tuple[int, int], packed_dim: int = 1) -> torch.Tensor:
@@ -63,7 +63,7 @@ def unpack(packed: torch.Tensor, num_bits: int, shape: tuple[int, int], packed_d
         codes = (packed[..., None] >> shifts & 2 * half - 1).reshape(rows, -1)
         return (codes[:, :columns] - half).to(torch.int8)
     whole = torch.nn.functional.pad(packed, (0, -dense % num_bits))
-    words = whole.reshape(rows, -1, num_bits).permute(2, 0, 1).contiguous()
+    words = whole.reshape(rows, whole.shape[1] // num_bits, num_bits).permute(2, 0, 1).contiguous()
     places = torch.empty(32, *words.shape[1:], dtype=torch.int8, device=packed.device)
     for place, own in enumerate(places):
         word, shift = divmod(place * num_bits, 32)
@@ -71,7 +71,7 @@ def unpack(packed: torch.Tensor, num_bits: int, shape: tuple[int, int], packed_d
         if shift + num_bits > 32:  # the code begins in one word and ends in the next
             code = code & (1 << 32 - shift) - 1 | words[word + 1] << 32 - shift
         own.copy_((code & 2 * half - 1) - half)
-    return places.permute(1, 2, 0).reshape(rows, -1)[:, :columns].contiguous()
+    return places.permute(1, 2, 0).flatten(1)[:, :columns].contiguous()
 
 
 def _check_bits(num_bits: int) -> None:

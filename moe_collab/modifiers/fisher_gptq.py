@@ -81,7 +81,7 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check data and model; attach this modifier's own schemes, if it has any."""
         check_unquantized(state.model, "FisherGPTQModifier")
-        check_calibration(state, self, self.objective != "weights" or self.tuning_steps > 0)
+        check_calibration(state, self, self._needs_data())
         call_experts_alike(describe(state.model))
         if self.has_config():
             self.initialize_quantization(state.model)
@@ -121,8 +121,11 @@ class FisherGPTQModifier(Modifier, QuantizationMixin):
         ways = {"outputs": rounded.round_in_one_pass, "weights": rounded.round_to_nearest}
         return ways.get(self.objective, rounded.round)
 
+    def _needs_data(self) -> bool:
+        return self.objective != "weights" or self.tuning_steps > 0
+
     def _begin(self, state: State, schemes: Mapping[str, Scheme]) -> tuple[Calibration, RoundedModel]:
-        calibration = calibration_of(state, self)
+        calibration = calibration_of(state, self, needs_data=self._needs_data())
         sizes = ((calibration.model.get_submodule(name), scheme.num_bits) for name, scheme in schemes.items())
         calibration.later = int(sum(linear.in_features * linear.out_features * bits / 8 for linear, bits in sizes))
         return calibration, RoundedModel(calibration, Rounder(scale_dtype=calibration.model.dtype))
@@ -185,6 +188,12 @@ def _check_schemes(model: nn.Module) -> None:
                 f"{name}: FisherGPTQModifier rounds weights of Linears to integers of 2 to 8 bits, in groups or per "
                 f"channel; its scheme asks for {weights.num_bits}-bit {kind}, strategy {strategy}, or for "
                 "activations. Use GPTQModifier or QuantizationModifier for it."
+            )
+        group = weights.group_size or -1
+        if group > 0 and module.in_features % group:
+            raise MoeCollabError(
+                f"{name}: its {module.in_features} columns cannot be divided into groups of {group}. Take it out of "
+                "`targets`, or give it another group size."
             )
 
 

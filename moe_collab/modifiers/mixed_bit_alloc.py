@@ -30,6 +30,7 @@ from .glue.calibration import calibrating, calibration_of, check_calibration
 from .glue.compat import keep_attention_causal
 from .glue.execution import apply_plan
 from .glue.outline import model_fingerprint, outline_of
+from .glue.published_plan import check_needs_of_followers, check_plan, packed_by
 from .glue.quantizers import check_followers, check_own_pass, check_rounded
 from .glue.recipe import (
     check_unquantized,
@@ -153,9 +154,9 @@ class MixedBitAllocModifier(Modifier):
         for key, value in (("budget", self.budget), ("fit", self.fit)):
             if value is not None:
                 parse_bytes(value, f"{who}.{key}")
-        if self._only_applies:
+        if self.only_applies:
             usual = type(self).model_construct()
-            others = [name for name in self._decisive() if getattr(self, name) != getattr(usual, name)]
+            others = [name for name in (*self._decisive(), "costs") if getattr(self, name) != getattr(usual, name)]
             if others:
                 raise ValueError(
                     f"{who}: {others} decide nothing where a `plan` is only applied. Remove them, or name a budget"
@@ -167,7 +168,7 @@ class MixedBitAllocModifier(Modifier):
         return self
 
     @property
-    def _only_applies(self) -> bool:
+    def only_applies(self) -> bool:
         """Whether the plan's file decides, whatever recipe it was made for."""
         return self.budget is self.bpw is self.fit is self.max_kl is None
 
@@ -214,13 +215,17 @@ class MixedBitAllocModifier(Modifier):
         """Check the recipe against the model before any data is read."""
         model: Any = state.model
         check_unquantized(model, "MixedBitAllocModifier")
-        check_calibration(state, self, needs_data=not self._only_applies)
+        check_calibration(state, self, needs_data=not self.only_applies)
         followers = quantizers_after(self)
         self._fisher = [follower for follower in followers if isinstance(follower, FisherGPTQModifier)]
+        self._check_objectives()
         following = modifier_after(self)
         self._direct = following if isinstance(following, FisherGPTQModifier) else None
-        if self._only_applies:
-            packed, ternary = self._of_plan(model)
+        if self.only_applies:
+            assert self.plan is not None
+            schemes = packed_by(self.plan, model)
+            packed, ternary = list(schemes), any(scheme.num_bits == TERNARY for scheme in schemes.values())
+            check_needs_of_followers(followers, state.data is not None and state.data.calib is not None)
         else:
             planner, ternary = self.planner(model), TERNARY in (*self.bits, *self.fixed.values())
             packed = [name for name in planner.matrices if any(s.is_packed for s in planner.table.options(name))]
@@ -234,23 +239,14 @@ class MixedBitAllocModifier(Modifier):
         install_save(model)
         return True
 
-    def _of_plan(self, model: Any) -> tuple[list[str], bool]:
-        """(modules that the plan to apply packs, whether any is ternary); `MoeCollabError` if the model lacks one."""
-        assert self.plan is not None
-        path = Path(self.plan)
-        if not path.exists():
+    def _check_objectives(self) -> None:
+        """Raise `MoeCollabError` if a plan is to be made that would be tried with another rounding than it gets."""
+        other = next((fisher for fisher in self._fisher if fisher.objective != "predictions"), None)
+        if other is not None and not (self.plan and Path(self.plan).exists()):
             raise MoeCollabError(
-                f"MixedBitAllocModifier.plan: there is no {path} to apply. Name a file that is there, or a budget, so "
-                "that a plan is made and written to it."
+                f"FisherGPTQModifier.objective: {other.objective} is for a plan that is there already. To make one "
+                "takes a backward pass, and its KL is measured with `predictions`, so round for these."
             )
-        schemes = {name: s for name, s in CompressionPlan.load(path).parsed().items() if s.is_packed}
-        present = {name for name, _ in model.named_modules()}
-        if missing := [name for name in schemes if name not in present]:
-            raise MoeCollabError(
-                f"MixedBitAllocModifier.plan: {path} is for another model: this one has no {missing[0]} "
-                f"({len(missing)} such modules)."
-            )
-        return list(schemes), any(scheme.num_bits == TERNARY for scheme in schemes.values())
 
     def _check_budget(self, planner: Planner) -> None:
         """Raise `MoeCollabError` with the size needed if no allocation fits the budget; needs no data."""
@@ -264,8 +260,9 @@ class MixedBitAllocModifier(Modifier):
         self._moe = describe(model)
         if self.plan and Path(self.plan).exists():
             self._reused = CompressionPlan.load(self.plan)
-            recipe = None if self._only_applies else self._recipe_digest()
+            recipe = None if self.only_applies else self._recipe_digest()
             self._reused.check_matches(self.plan, model_fingerprint(model), recipe)
+            check_plan(self.plan, self._reused, self._moe, model)
             logger.info("MixedBitAllocModifier: applying {}", self.plan)
             return
         # Not strict: experts that a pattern names may have been pruned by now.
@@ -291,7 +288,7 @@ class MixedBitAllocModifier(Modifier):
         """The plan, decided unless there is one, and saved; `FisherGPTQModifier` goes on with what that took."""
         model: Any = state.model
         calibration = calibration_of(state, self, self._moe)
-        calibration.later = self._planner.request.budget or 0 if self._planner is not None else 0
+        calibration.later = self._bytes_to_come()
         # FisherGPTQModifier's rounding, or to nearest: other quantizers round better, but alike for all schemes.
         faithful = bool(self._fisher)
         rounded = RoundedModel(calibration, Rounder(faithful, faithful, model.dtype))
@@ -303,6 +300,13 @@ class MixedBitAllocModifier(Modifier):
         if self.plan and not self._reused and is_source_process():
             plan.save(self.plan)
         return plan
+
+    def _bytes_to_come(self) -> int:
+        """What the rounded weights may take."""
+        if self._reused is not None:
+            return self._reused.predicted_bytes
+        assert self._planner is not None
+        return self._planner.request.budget or 0
 
     def _decide(self, state: State, calibration: Calibration, rounded: RoundedModel) -> CompressionPlan:
         assert self._moe is not None and self._planner is not None

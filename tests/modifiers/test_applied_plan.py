@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.cache.disk import DiskCache
 from llmcompressor import oneshot
+from torch.utils.data import DataLoader
 
 import moe_collab
 from integration.compress import FIXTURE, calibration, checkpoint_size, recipe, tokens
@@ -149,6 +150,7 @@ def test_one_pass_keeps_the_predictions_of_a_trained_model(tmp_path):
     ("fields", "quantize", "message"),
     [
         ({"plan": "nowhere.json"}, QUANTIZE, "there is no nowhere.json to apply"),
+        ({"costs": "c.json"}, QUANTIZE, r"\['costs'\] decide nothing"),
         ({"bits": [2, 4]}, QUANTIZE, r"\['bits'\] decide nothing where a `plan` is only applied"),
         ({}, QUANTIZE, "only FisherGPTQModifier rounds to ternary"),
     ],
@@ -161,12 +163,56 @@ def test_what_cannot_be_applied(fields, quantize, message, planned, tiny):
 
 def test_a_plan_for_another_model(planned, tiny, tmp_path):
     plan = json.loads(planned("qwen3_moe").read_text())
-    schemes = {name.replace("layers.1", "layers.7"): scheme for name, scheme in plan["schemes"].items()}
-    others = ({"model_fingerprint": "0" * 12}, "was made for another model"), ({"schemes": schemes}, "has no model")
-    for change, message in others:
+    schemes, layers = plan["schemes"], list(plan["dropped"])
+    gate = next(name for name, scheme in schemes.items() if name.endswith("gate_proj") and scheme != "dense")
+    for change, message in (
+        ({"model_fingerprint": "0" * 12}, "was made for another model"),
+        ({"schemes": {name.replace("layers.1", "layers.7"): scheme for name, scheme in schemes.items()}}, "no model"),
+        ({"schemes": dict.fromkeys(schemes, "dense")}, "leaves all weights as they are"),
+        ({"schemes": schemes | {gate: "int4-g48-sym"}}, r"int4-g48-sym, but has \d+ columns"),
+        ({"schemes": schemes | {gate: "int5-g32-sym"}}, "they need one scheme"),
+        ({"schemes": schemes | {"model.layers.0.mlp.gate": "int4-g32-sym"}}, "no Linear of this model, or a router"),
+        ({"dropped": {layers[0]: [99], layers[1]: [0]}}, r"drops experts \[99\]"),
+        ({"dropped": {layers[0]: [0]}}, "where all should keep"),
+        ({"dropped": {"model.norm": [0]}}, "which is no MoE layer"),
+        ({"pruning": "none"}, "its `pruning` is none"),
+        ({"version": 9}, "no compression plan of version 2"),
+    ):
         (tmp_path / "plan.json").write_text(json.dumps(plan | change))
         with pytest.raises(MoeCollabError, match=message):
             run(tiny("qwen3_moe"), apply(tmp_path / "plan.json"), fisher("outputs"))
+
+
+def test_stock_quantizers_that_would_lose_experts_or_lack_data(tiny, tmp_path):
+    path, plan = tiny("qwen3_moe"), tmp_path / "plan.json"
+    run(path, {"MixedBitAllocModifier": {"bpw": 3, "bits": [2, 3, 4], "plan": str(plan)}}, QUANTIZE)
+    with pytest.raises(MoeCollabError, match="GPTQModifier: it needs calibration data"):
+        oneshot(model=load(path), recipe=recipe(apply(plan), QUANTIZE))
+    with pytest.raises(MoeCollabError, match="moe_calibrate_all_experts"):
+        run(path, apply(plan), QUANTIZE, moe_calibrate_all_experts=False)
+
+
+def test_a_plan_that_is_made_is_tried_as_it_will_be_rounded(tiny):
+    with pytest.raises(MoeCollabError, match="for a plan that is there already"):
+        run(tiny("qwen3_moe"), {"MixedBitAllocModifier": {"bpw": 3}}, fisher("outputs"))
+
+
+def test_padding_alone_is_no_data(tiny):
+    rows = [{"input_ids": torch.zeros(8, dtype=torch.long), "attention_mask": torch.zeros(8, dtype=torch.long)}] * 2
+    quantize = fisher("outputs")
+    quantize["FisherGPTQModifier"] |= {"targets": ["re:.*experts.*_proj$"], "scheme": "W4A16"}
+    with pytest.raises(MoeCollabError, match="reached no token"):
+        run(tiny("qwen3_moe"), quantize, data=DataLoader(rows, batch_size=1))
+
+
+def test_work_of_another_plan_is_refused(planned, tiny, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(planned("qwen3_moe").read_text())
+    given = {"recipe": recipe(apply(plan), fisher("weights")), "work": tmp_path / "work"}
+    moe_collab.oneshot(model=load(tiny("qwen3_moe")), **given)
+    plan.write_text(plan.read_text().replace("int4", "int2", 3))
+    with pytest.raises(MoeCollabError, match="belongs to another run: recipe is not the same"):
+        moe_collab.oneshot(model=load(tiny("qwen3_moe")), **given)
 
 
 def test_rounding_that_needs_data_says_so(tiny):

@@ -35,6 +35,18 @@ def test_from_disk_gives_the_bytes_that_memory_gives(family, tiny, tmp_path):
     assert digests(tmp_path / "memory") == digests(tmp_path / "disk") != {}
 
 
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
+def test_codes_from_disk_are_those_from_memory(scheme, tiny, tmp_path):
+    for place in ("memory", "disk"):
+        model = load(tiny("qwen3_moe")) if place == "memory" else on_disk(tiny("qwen3_moe"), tmp_path / "offload")
+        run(
+            model,
+            {"FisherGPTQModifier": {"targets": ["re:.*experts.*_proj$"], "scheme": scheme}},
+            output=tmp_path / place,
+        )
+    assert digests(tmp_path / "memory") == digests(tmp_path / "disk") != {}
+
+
 def test_a_recipe_reads_the_weights_a_fixed_number_of_times(tiny, tmp_path, monkeypatch):
     read, stock = [0], DiskCache.onload
 

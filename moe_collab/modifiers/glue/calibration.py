@@ -37,13 +37,16 @@ def check_calibration(state: State, modifier: Modifier, needs_data: bool = True)
     find_stock_modifiers(state)
 
 
-def calibration_of(state: State, modifier: Modifier, moe: MoEModel | None = None) -> Calibration:
+def calibration_of(
+    state: State, modifier: Modifier, moe: MoEModel | None = None, needs_data: bool = True
+) -> Calibration:
     """What the calibration tokens tell about the run's model as it is now; to be closed when it is no longer needed.
 
     A modifier that makes one may have none other.
     """
     model: Any = state.model
-    return Calibration(model, moe or describe(model), calibration_batches(state), workspace_of(state, modifier))
+    batches = calibration_batches(state) if needs_data else []
+    return Calibration(model, moe or describe(model), batches, workspace_of(state, modifier))
 
 
 def workspace_of(state: State, modifier: Modifier, part: str = "calibration") -> Workspace:

@@ -19,13 +19,15 @@ from ...checkpoint.sizes import TensorEntry, quantized_entries
 from ...checkpoint.verify import Digest, tensor_digest, weight_digest
 from ...errors import MoeCollabError
 from ...formats import TERNARY, TERNARY_PACKED, pack, pack_ternary
+from ...rounding import PackedGrid
 from .naming import checkpoint_names, dtype_name, saved_shapes
-from .packed_weights import packed_of
+from .packed_weights import is_packed
 from .schemes import codes_of, is_sound, is_ternary
 
 __all__ = ["LiveTensors"]
 
 _NOT_FINITE = "not finite; the weight or its scales hold NaN or infinity"
+_NOT_ON_GRID = "all zero, or not on the grid of its scales; was it quantized?"
 
 
 class LiveTensors:
@@ -124,9 +126,11 @@ class LiveTensors:
 
     def _make_packed(self, live_name: str, name: str) -> dict[str, torch.Tensor]:
         module = self._model.get_submodule(live_name)
-        if (rounded := packed_of(module)) is not None:
-            complaint = None if _is_finite(rounded.scales) else _NOT_FINITE
+        # Codes of 7 and 8 bits divide out one step off in bfloat16, and a model in memory has no others.
+        if is_packed(module) and module.quantization_scheme.weights.num_bits < 7:
+            rounded: PackedGrid = module._parameters.rounded
             codes, scale, zero_point, words = rounded.codes(), rounded.scales, rounded.zeros, rounded.words
+            complaint = _complaint_of_codes(codes, scale, zero_point)
         else:
             complaint, (codes, scale, zero_point) = _complaint(module), codes_of(module)
             words = _packed(codes, scale, module.quantization_scheme)
@@ -215,6 +219,15 @@ def _packed(codes: torch.Tensor, scale: torch.Tensor, scheme: QuantizationScheme
     return pack(codes.cpu(), arguments.num_bits)
 
 
+def _complaint_of_codes(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> str | None:
+    """As `_complaint`, of a weight that is on its grid."""
+    if not _is_finite(scale):
+        return _NOT_FINITE
+    grouped = codes.view(*scale.shape, -1)
+    empty = not (grouped if zero_point is None else grouped != zero_point[..., None]).any()
+    return _NOT_ON_GRID if empty or not scale.all() else None
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
@@ -225,4 +238,4 @@ def _complaint(module: Any) -> str | None:
         return None
     if not (_is_finite(module.weight) and _is_finite(module.weight_scale)):
         return _NOT_FINITE
-    return "not on the grid of its scales; was it quantized?"
+    return _NOT_ON_GRID

@@ -15,7 +15,7 @@ from torch import nn
 from ...distributed import store
 from ...rounding import PackedGrid
 
-__all__ = ["PackedCache", "packed_of", "write_rounded"]
+__all__ = ["PackedCache", "is_packed", "write_rounded"]
 
 
 class PackedCache(OffloadCache):
@@ -79,10 +79,10 @@ class PackedCache(OffloadCache):
         self.offloaded_values["weight"] = self._inner.offload(dense)
 
 
-def packed_of(module: Any) -> PackedGrid | None:
-    """The rounded weight of a module that holds it packed, None for any other."""
+def is_packed(module: Any) -> bool:
+    """Whether a module holds its rounded weight packed."""
     cache = module._parameters
-    return cache.rounded if isinstance(cache, PackedCache) and cache.is_packed else None
+    return isinstance(cache, PackedCache) and cache.is_packed
 
 
 @torch.no_grad()

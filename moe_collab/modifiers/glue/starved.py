@@ -18,7 +18,7 @@ from torch import nn
 
 from ...coverage import FEW_TOKENS
 from ...moe_model import MoEModel
-from .packed_weights import packed_of
+from .packed_weights import is_packed
 from .recipe import starves_experts
 from .schemes import is_rounded, is_sound, round_in_place, snap_to_grid
 
@@ -34,7 +34,7 @@ def keep_starved(moe: MoEModel, routed_tokens: Mapping[str, Sequence[int]]) -> N
     Nothing is copied where every expert is shown every token (oneshot's `moe_calibrate_all_experts`).
     """
     for layer in moe.layers if starves_experts() else ():
-        few = {index for index, tokens in enumerate(routed_tokens[layer.name]) if tokens < FEW_TOKENS}
+        few = {index for index, tokens in enumerate(routed_tokens.get(layer.name, ())) if tokens < FEW_TOKENS}
         for _, index, _, module in layer.projections():
             if index in few:
                 _ORIGINALS[module] = module.weight.detach().clone()
@@ -54,7 +54,7 @@ def repair_starved(model: nn.Module, snap: bool) -> None:
     """
     repaired, lost = [], []
     for name, module in model.named_modules():
-        if not is_rounded(module) or packed_of(module) is not None:
+        if not is_rounded(module) or is_packed(module):
             continue
         assert isinstance(module, nn.Linear)
         if snap and not is_sound(module):

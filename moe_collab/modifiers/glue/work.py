@@ -17,7 +17,6 @@ from typing import Any
 
 import llmcompressor
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
@@ -152,7 +151,7 @@ def open_work(state: State) -> None:
         raise MoeCollabError(f"`work`: one run works in one directory, but {sorted(map(str, named))} are named.")
     identity = {
         "model": key_of(model_fingerprint(state.model), _config(state.model), few_of_each(state.model)),
-        "recipe": key_of(_recipe()),
+        "recipe": key_of(_recipe(), _applied_plans()),
         "data": key_of(*everyones(list(map(_content, one_pass(state)))), _domains(state)),
         "device": compute_device().type,
         **{name: version(name) for name in _PACKAGES},
@@ -182,12 +181,16 @@ def _config(model: Any) -> dict[str, Any]:
     return {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
 
 
-def _recipe() -> Any:
-    """The recipe as YAML has it, without the fields that only say where something is kept."""
-    return _without(yaml.safe_load(active_session().lifecycle.recipe.yaml()))
+def _recipe() -> list[Any]:
+    """The recipe's modifiers in order, without the fields that only say where something is kept, or how far it is."""
+    found: list[Any] = []
+    for modifier in modifiers_of_this_pass():
+        fields = {name for name in type(modifier).model_fields if name not in _PLACES and not name.endswith("_")}
+        found.append([type(modifier).__name__, modifier.model_dump(mode="json", include=fields)])
+    return found
 
 
-def _without(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _without(value) for key, value in node.items() if key not in _PLACES}
-    return [_without(value) for value in node] if isinstance(node, list) else node
+def _applied_plans() -> list[str]:
+    """What plans say that decide in the place of a recipe."""
+    paths = (Path(m.plan) for m in modifiers_of_this_pass() if getattr(m, "only_applies", False))  # type: ignore[attr-defined]
+    return [path.read_text() for path in paths if path.is_file()]
