@@ -12,17 +12,20 @@ was killed. Serving can be made up for later, with `--serve-python`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from llmcompressor.utils import load_context
 from loguru import logger
@@ -59,16 +63,22 @@ from .server import serve
 EVIDENCE, TOKENS, CHECKPOINT, WORK, OFFLOAD = "real_model.json", "tokens.safetensors", "checkpoint", "work", "offload"
 """What there is in the output folder; the last two go when the checkpoint is there."""
 PACKAGES = ("moe-collab", "torch", "transformers", "llmcompressor", "compressed-tensors")
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-"""What is downloaded of a model."""
+FILES = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"],
+    "ignore_patterns": ["*/*", "consolidated*"],
+}
+"""What is downloaded of a model: some have the same weights in other formats besides."""
 LENGTH, ROWS, BATCH = 512, 32, 8
 """Tokens of a sequence, or fewer, so that there are so many test sequences: the noise is judged by them."""
+LOCK = ".real_model.lock"
 CHUNK = 4096
 """Characters that are tokenized at a time, from all over a text."""
 PROMPTS, PROMPT, ANSWER = 4, 32, 65
 """How many prompts the server gets, and tokens of each and of its answer."""
 START_SECONDS = 3600
 """Most that the server takes to load."""
+
+_PR_SET_PDEATHSIG = 1
 
 Texts = dict[str, tuple[str, str]]
 """Domain -> what calibrates, what tests."""
@@ -78,14 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Do the steps that are not done yet, print the table; the evidence."""
     options = parse(arguments)
     output: Path = options.output
-    if options.step:  # in a process of its own, which is measured
-        logger.remove()
-        logger.add(sys.stdout, level="INFO", filter=lambda record: record["level"].name != "METRIC")
-        report(_IN_PROCESS[options.step](output, json.loads((output / EVIDENCE).read_text())["arguments"]))
+    if options.step:
+        do_step(output, options.step)
         return {}
     vllm = options.serve_python and vllm_version(options.serve_python)
-    source = find_model(options.model)
-    tokens = draw_tokens(source, options)
+    source, tokenizer = find_model(options.model)
+    tokens = draw_tokens(tokenizer, options)
+    output.mkdir(parents=True, exist_ok=True)
+    with alone(output):
+        return run(options, source, tokens, vllm)
+
+
+def run(options: argparse.Namespace, source: Path, tokens: dict[str, torch.Tensor], vllm: str | None) -> dict[str, Any]:
+    """The steps, once all that can be wrong beforehand has been looked at."""
+    output = options.output
     replace_file(output / TOKENS, partial(save_file, tokens))
     evidence = Evidence(output / EVIDENCE, described(options, source, tokens, digest([output / TOKENS])))
     if not evidence.has("compress"):
@@ -113,6 +129,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retention", type=float, help="share of the experts to keep")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Raise `MoeCollabError` if another process works in the folder."""
+    try:
+        with FileLock(output / LOCK, timeout=0):
+            yield
+    except Timeout as error:
+        raise MoeCollabError(f"{output}: another run is working there. Wait, or name another --output.") from error
 
 
 class Evidence:
@@ -168,25 +194,24 @@ def vllm_version(python: Path) -> str:
         raise MoeCollabError(f"--serve-python: {python} is of an environment without vLLM:\n{error.stderr}") from error
 
 
-def find_model(name: str) -> Path:
-    """The model's folder, downloaded if need be. Raises `MoeCollabError` if it is no MoE model that we know."""
+def find_model(name: str) -> tuple[Path, Any]:
+    """A model's folder, downloaded if need be, and tokenizer. Raises `MoeCollabError` if it is no MoE model we know."""
     try:
-        source = Path(name if Path(name).exists() else snapshot_download(name, allow_patterns=FILES)).resolve()
-        config = AutoConfig.from_pretrained(source)
+        source = Path(name if Path(name).exists() else snapshot_download(name, **FILES)).resolve()
+        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise MoeCollabError(f"{name}: neither the folder of a model, nor one that the hub gives: {error}") from error
     family_of(config)
     if not checkpoint_size(source):
         raise MoeCollabError(f"{name}: there are no *.safetensors in {source}. Name a folder with a model's weights.")
-    return source
+    return source, tokenizer
 
 
-def draw_tokens(source: Path, options: argparse.Namespace) -> dict[str, torch.Tensor]:
+def draw_tokens(tokenizer: Any, options: argparse.Namespace) -> dict[str, torch.Tensor]:
     """`calibration` and `test` sequences [rows, length], going round the domains, which have no text in common.
 
     Raises `MoeCollabError` if there is too little text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
     texts = split_files(options) if options.text else fixture_texts()
     length = max(min(LENGTH, options.tokens // ROWS, options.test_tokens // ROWS), 2)
     drawn = {}
@@ -263,7 +288,7 @@ def described(options: argparse.Namespace, source: Path, tokens: dict[str, torch
 
 
 def work_bytes(source: Path, tokens: int) -> int:
-    """About what calibration keeps in files: of each token its way through the blocks, and the samples of layers."""
+    """Most that calibration keeps in files, in bfloat16: of each token what goes through the blocks, and samples."""
     config = text_config(AutoConfig.from_pretrained(source))
     return tokens * config.hidden_size * (8 * config.num_hidden_layers + 48)
 
@@ -272,8 +297,18 @@ def measured(options: argparse.Namespace, step: str) -> dict[str, Any]:
     """What a step finds out in a process of its own, and its time and memory by stage."""
     command = [sys.executable, "-m", "integration.real_model", options.model, "--output", str(options.output)]
     found = run_measured([*command, "--step", step], options.output / f"{step}.log", threading.TIMEOUT_MAX)
-    stages = {name: asdict(stage) for name, stage in found.stages.items()}
+    stages = {
+        name: {key: round(value, 1) for key, value in asdict(stage).items()} for name, stage in found.stages.items()
+    }
     return {"peak_memory": max(stage["memory"] for stage in stages.values()), "stages": stages} | found.result
+
+
+def do_step(output: Path, step: str) -> None:
+    """What `measured` has a process do."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # or it would go on if its parent is killed
+    logger.remove()
+    logger.add(sys.stdout, level="INFO", filter=lambda record: record["level"].name != "METRIC")
+    report(_IN_PROCESS[step](output, json.loads((output / EVIDENCE).read_text())["arguments"]))
 
 
 def compress(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +389,7 @@ def served(python: Path, output: Path) -> dict[str, Any]:
     """What `vllm serve` completes, and how fast it decodes one request at a time."""
     prompts = load_file(output / TOKENS)["test"][:PROMPTS, :PROMPT].tolist()
     memory = 0.9 if torch.accelerator.is_available() else 0.3
-    began, tokens, seconds = time.monotonic(), 0, 0.0
+    began, tokens, seconds, texts = time.monotonic(), 0, 0.0, []
     log = output / "serve.log"
     with serve(python, output / CHECKPOINT, log, dtype="auto", memory=memory, start_seconds=START_SECONDS) as server:
         loaded = time.monotonic() - began
@@ -362,11 +397,14 @@ def served(python: Path, output: Path) -> dict[str, Any]:
             server.complete(prompt, ANSWER)  # so that what the two below have in common takes equally long
             first, whole = (timed(partial(server.complete, prompt, limit)) for limit in (1, ANSWER))
             tokens, seconds = tokens + len(whole[1]["token_ids"]) - 1, seconds + whole[0] - first[0]
-        text = whole[1]["text"]
-    speed = round(tokens / seconds, 2) if tokens and seconds > 0 else None
-    prompted = AutoTokenizer.from_pretrained(output / CHECKPOINT).decode(prompts[-1])
-    answer = {"prompt": prompted, "completion": text}
-    return {"load_seconds": round(loaded, 1), "decoded_tokens": tokens, "tokens_per_second": speed} | answer
+            texts.append(whole[1]["text"])
+    return {
+        "load_seconds": round(loaded, 1),
+        "decoded_tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 2) if tokens and seconds > 0 else None,
+        "prompts": AutoTokenizer.from_pretrained(output / CHECKPOINT).batch_decode(prompts),
+        "completions": texts,
+    }
 
 
 def timed(ask: Callable[[], dict[str, Any]]) -> tuple[float, dict[str, Any]]:
