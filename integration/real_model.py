@@ -159,7 +159,7 @@ class Evidence:
         ]
         if others:
             raise MoeCollabError(
-                f"{file}: it is of another run, with other {', '.join(others)}. Name another --output, or delete it."
+                f"{file.parent}: it holds another run, with other {', '.join(others)}. Name another --output, or delete this one."
             )
 
     def has(self, step: str) -> bool:
