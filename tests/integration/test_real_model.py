@@ -65,7 +65,7 @@ def test_a_finished_step_is_not_repeated(model, finished, monkeypatch, capsys):
 
 
 def test_another_run_is_refused(model, finished):
-    with pytest.raises(MoeCollabError, match=r"other bpw \(3.0, now 2.5\)"):
+    with pytest.raises(MoeCollabError, match=r"with other bpw \(3.0, now 2.5\)"):
         real_model.main([*finished[0], "--bpw", "2.5"])
     other = build_tiny("olmoe", model.with_name("other"), seed=1, num_hidden_layers=1)
     with pytest.raises(MoeCollabError, match="other model"):
