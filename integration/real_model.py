@@ -159,8 +159,8 @@ class Evidence:
         ]
         if others:
             raise MoeCollabError(
-                f"{file.parent}: it holds another run, with other {', '.join(others)}. Name another --output, or delete "
-                "this folder."
+                f"{file.parent}: it holds another run, with other {', '.join(others)}. Name another --output, or "
+                "delete this folder."
             )
 
     def has(self, step: str) -> bool:
