@@ -27,9 +27,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
-from itertools import chain, islice, zip_longest
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ FILES = {
 LENGTH, ROWS, BATCH = 512, 32, 8
 """Tokens of a sequence, or fewer, so that there are so many test sequences: the noise is judged by them."""
 LOCK = ".real_model.lock"
-CHUNK = 4096
-"""Characters that are tokenized at a time, from all over a text."""
+CHUNK = 16
+"""Characters of a place in a text, for each token of a sequence."""
 PROMPTS, PROMPT, ANSWER = 4, 32, 65
 """How many prompts the server gets, and tokens of each and of its answer."""
 START_SECONDS = 3600
@@ -214,7 +214,7 @@ def draw_tokens(tokenizer: Any, options: argparse.Namespace) -> dict[str, torch.
     Raises `MoeCollabError` if there is too little text.
     """
     texts = split_files(options) if options.text else fixture_texts()
-    length = max(min(LENGTH, options.tokens // ROWS, options.test_tokens // ROWS), 2)
+    length = max(min(LENGTH, options.tokens // ROWS, options.test_tokens // ROWS), 8)
     drawn = {}
     for part, (split, wanted) in enumerate((("calibration", options.tokens), ("test", options.test_tokens))):
         by_domain = [sequences(tokenizer, text[part], length) for text in texts.values()]
@@ -252,13 +252,21 @@ def fixture_texts() -> Texts:
 
 
 def sequences(tokenizer: Any, text: str, length: int) -> Iterator[list[int]]:
-    """Rows of `length` tokens from all over a text, each with what the tokenizer puts before any text."""
-    chunks = [text[at : at + CHUNK] for at in range(0, len(text), CHUNK)]
-    random.Random(0).shuffle(chunks)
+    """Rows of `length` tokens from all over a text, each with what the tokenizer puts before any text.
+
+    Of each place one row is taken before a second of any: rows that follow each other tell little that is new.
+    """
     start = [int(token) for token in tokenizer("").input_ids]
-    tokens = chain.from_iterable(tokenizer(chunk, add_special_tokens=False).input_ids for chunk in chunks)
-    while len(row := [*start, *islice(tokens, length - len(start))]) == length:
-        yield row
+    size, width = CHUNK * length, length - len(start)
+    places = list(range(0, len(text), size))
+    random.Random(0).shuffle(places)
+    encoded = cache(lambda place: tokenizer(text[place : place + size], add_special_tokens=False).input_ids)
+    for begin in count(0, width):
+        rows = (encoded(place)[begin : begin + width] for place in places)
+        whole = (row for row in rows if len(row) == width)
+        if (first := next(whole, None)) is None:
+            return
+        yield from ([*start, *row] for row in chain([first], whole))
 
 
 def described(options: argparse.Namespace, source: Path, tokens: dict[str, torch.Tensor], digest: str) -> dict:
