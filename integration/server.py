@@ -49,22 +49,33 @@ class Server:
 
 
 @contextmanager
-def serve(python: Path, model: Path, log: Path) -> Iterator[Server]:
-    """Run `vllm serve` from `python`'s environment in float32 until the block ends; it writes to `log`."""
+def serve(
+    python: Path,
+    model: Path,
+    log: Path,
+    *,
+    dtype: str = "float32",
+    memory: float = 0.3,
+    start_seconds: float = _START_SECONDS,
+) -> Iterator[Server]:
+    """Run `vllm serve` from `python`'s environment until the block ends; it writes to `log`.
+
+    `memory` is the share of the machine's, or of the GPU's, that it may take: by default vLLM wants 92 % to be free,
+    and the fixture takes a few MB.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # The interpreter's path must not be resolved: a virtual environment's python is a link out of it.
     command = [str(python.absolute().parent / "vllm"), "serve", str(model), "--served-model-name", "demo"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
-    # By default vLLM wants 92 % of the memory to be free; this model takes a few MB.
-    command += ["--gpu-memory-utilization", "0.3"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--max-model-len", "512"]
+    command += ["--gpu-memory-utilization", str(memory)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
-            server, deadline = Server(port), time.monotonic() + _START_SECONDS
+            server, deadline = Server(port), time.monotonic() + start_seconds
             while not server.healthy():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"vllm serve did not start; {log} ends:\n{log.read_text()[-2000:]}")
