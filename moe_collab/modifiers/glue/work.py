@@ -93,11 +93,15 @@ class Work:
                 f"{folder}: another run is working in this directory. Wait until it has ended, or name another `work`."
             ) from error
         when_run_ends(self._lock.release)
-        if known.exists():
+        if known.exists() and self._has_begun():
             self._check(_read(known), identity)
             logger.info("{}: going on with what an earlier run has finished there", folder)
         else:
             replace_text(known, json.dumps(identity, indent=1) + "\n")
+
+    def _has_begun(self) -> bool:
+        """Whether anything is finished; a run whose recipe was refused leaves nothing."""
+        return any(file.is_file() and file.name not in (_IDENTITY, _LOCK) for file in self.folder.rglob("*"))
 
     def _check(self, known: dict[str, str], identity: dict[str, str]) -> None:
         others = [what for what in identity if known.get(what) != identity[what]]
