@@ -39,21 +39,37 @@ def test_two_processes_give_the_plan_of_one(family, tiny, tmp_path):
 
     one, two = tmp_path / "one", tmp_path / "two"
     run(tiny(family), *modifiers(one), output=one / "out")
-    two.mkdir()
-    (two / "recipe.yaml").write_text(recipe(*modifiers(two, work=str(two / "work"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command += [str(tiny(family)), str(two / "recipe.yaml"), str(two / "out")]
-    root = str(SCRIPT.parents[2])
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
+    run_in_two(tiny(family), two, *modifiers(two, work=str(two / "work")))
     plans = [json.loads((folder / "plan.json").read_text()) for folder in (one, two)]
     for key in ("schemes", "dropped", "routed_tokens", "predicted_bytes", "num_experts_per_tok"):
         assert plans[0][key] == plans[1][key]
     expected, found = (load_file(folder / "statistics" / "statistics.safetensors") for folder in (one, two))
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert_same(one, two)
+
+
+def run_in_two(model, folder, *modifiers):
+    """The recipe by two processes, each with half of the calibration set; the checkpoint is `folder / "out"`."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe(*modifiers))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command += [str(model), str(folder / "recipe.yaml"), str(folder / "out")]
+    root = str(SCRIPT.parents[2])
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def assert_same(one, two):
     expected, found = (load_file(folder / "out" / "model.safetensors") for folder in (one, two))
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert not list(two.glob(".out*"))
+
+
+def test_two_processes_round_in_one_pass_as_one_does(tiny, tmp_path):
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    quantize = {"config_groups": {"all": group}, "ignore": ["re:.*\\.gate$", "lm_head"], "objective": "outputs"}
+    run(tiny("deepseek_v3"), {"FisherGPTQModifier": quantize}, output=tmp_path / "one" / "out")
+    run_in_two(tiny("deepseek_v3"), tmp_path / "two", {"FisherGPTQModifier": quantize})
+    assert_same(tmp_path / "one", tmp_path / "two")
