@@ -48,7 +48,7 @@ def differing_tensors(path: Path, digests: Mapping[str, Digest]) -> list[str]:
 def verify(directory: Path, expected: Mapping[str, Digest], plain: Mapping[str, Digest]) -> None:
     """Reopen the checkpoint and compare it with what was to be saved.
 
-    `expected`: packed module -> digest, of weights that are sound; `plain`: unquantized tensor -> digest. Raises `Rejected`, which
+    `expected`: packed module, a sound one -> digest; `plain`: unquantized tensor -> digest. Raises `Rejected`, which
     keeps the files out of the way, with the first mismatches by tensor.
     """
     try:

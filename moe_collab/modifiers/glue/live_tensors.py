@@ -27,7 +27,7 @@ from .schemes import codes_of, is_sound, is_ternary
 __all__ = ["LiveTensors"]
 
 _NOT_FINITE = "not finite; the weight or its scales hold NaN or infinity"
-_NOT_ON_GRID = "all zero, or not on the grid of its scales; was it quantized?"
+_NOT_ON_GRID = "not on the grid of its scales, or all zero; was it quantized?"
 
 
 class LiveTensors:
