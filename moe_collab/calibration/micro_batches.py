@@ -61,8 +61,8 @@ class MicroBatches:
         return torch.cat([mask.bool().flatten() for mask in masks])
 
     def check_any(self) -> None:
-        """Raise `MoeCollabError` if all is padding."""
-        if not bool(self.valid.any()):
+        """Raise `MoeCollabError` if there is nothing, or nothing but padding."""
+        if not self.batches or not bool(self.valid.any()):
             raise MoeCollabError("calibration reached no token. Give oneshot() a non-empty dataset.")
 
     @cached_property

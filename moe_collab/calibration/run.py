@@ -49,7 +49,9 @@ class Calibration:
     @cached_property
     def everything(self) -> MicroBatches:
         """All tokens."""
-        return MicroBatches(self._batches)
+        found = MicroBatches(self._batches)
+        found.check_any()
+        return found
 
     @cached_property
     def learn(self) -> MicroBatches:

@@ -167,9 +167,11 @@ def test_a_batch_that_predicts_nothing_is_harmless(model, batches):
     assert torch.isfinite(found.linears["lm_head"].gradient).all() and found.linears["lm_head"].gradient.any()
 
 
-def test_no_data_is_one_error(model):
+@pytest.mark.parametrize("use", [Calibration.samples, lambda calibration: calibration.everything])
+def test_no_data_is_one_error_where_some_is_needed(use, model):
+    calibration = Calibration(model, describe(model), [])
     with pytest.raises(MoeCollabError, match="reached no token"):
-        Calibration(model, describe(model), [])
+        use(calibration)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_pass(model, batches, tmp_path, monkeypatch):
