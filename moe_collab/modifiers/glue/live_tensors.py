@@ -130,13 +130,14 @@ class LiveTensors:
         if is_packed(module) and module.quantization_scheme.weights.num_bits < 7:
             rounded: PackedGrid = module._parameters.rounded
             codes, scale, zero_point, words = rounded.codes(), rounded.scales, rounded.zeros, rounded.words
-            complaint = _complaint_of_codes(codes, scale, zero_point)
+            if complaint := _complaint_of_codes(codes, scale, zero_point):
+                self.unsound[f"{name}.weight"] = complaint
         else:
-            complaint, (codes, scale, zero_point) = _complaint(module), codes_of(module)
+            if complaint := _complaint(module):  # before the codes, which there may not be
+                self.unsound[f"{name}.weight"] = complaint
+            codes, scale, zero_point = codes_of(module)
             words = _packed(codes, scale, module.quantization_scheme)
-        if complaint:
-            self.unsound[f"{name}.weight"] = complaint
-        else:
+        if not complaint:
             self.digests[name] = weight_digest(codes, scale, zero_point)
         tensors = {"weight_packed": words, "weight_scale": scale}
         tensors["weight_shape"] = torch.tensor(codes.shape)
