@@ -66,7 +66,7 @@ class CompressionPlan(BaseModel):
             return cls.model_validate_json(Path(path).read_text())
         except (ValidationError, UnicodeDecodeError, OSError) as error:
             raise MoeCollabError(
-                f"{path}: no compression plan of version 2. Name another file, or delete it to plan anew.\n{error}"
+                f"{path}: not a valid compression plan of version 2. Name another, or delete it to plan anew.\n{error}"
             ) from error
 
     def check_matches(self, path: str | Path, model: str, recipe: str | None = None) -> None:

@@ -176,7 +176,7 @@ def test_a_plan_for_another_model(planned, tiny, tmp_path):
         ({"dropped": {layers[0]: [0]}}, "where all should keep"),
         ({"dropped": {"model.norm": [0]}}, "which is no MoE layer"),
         ({"pruning": "none"}, "its `pruning` is none"),
-        ({"version": 9}, "no compression plan of version 2"),
+        ({"version": 9}, "not a valid compression plan of version 2"),
     ):
         (tmp_path / "plan.json").write_text(json.dumps(plan | change))
         with pytest.raises(MoeCollabError, match=message):
