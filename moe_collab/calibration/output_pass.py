@@ -22,31 +22,19 @@ from .samples import EXPERT_TOKENS, LayerSamples, LinearRecorder, LinearSamples,
 from .stream import Stream
 from .study import ExpertGroup, LayerStudy
 
-__all__ = ["output_pass"]
+__all__ = ["OutputPass"]
 
 GroupVisitor = Callable[[ExpertGroup], None]
 LinearVisitor = Callable[[str, LinearSamples], None]
 
 
-def output_pass(
-    stream: Stream,
-    experts: Mapping[str, Collection[int]],
-    linears: Mapping[str, nn.Linear],
-    name: str,
-    of_group: GroupVisitor,
-    of_linear: LinearVisitor,
-    later: int = 0,
-) -> None:
-    """Go through the model once, with hidden states in scratch as `name`; room is checked, for `later` bytes too.
+class OutputPass:
+    """One pass of `stream`, with hidden states in scratch as `name`.
 
     `of_group` is called with the `experts` of every layer (by its name), some at a time, and `of_linear` with every one
     of `linears` that tokens reach; each in one process of `torchrun`.
     """
-    stream.data.check_any()
-    _OutputPass(stream, experts, linears, name, of_group, of_linear).run(later)
 
-
-class _OutputPass:
     def __init__(
         self,
         stream: Stream,
@@ -61,7 +49,9 @@ class _OutputPass:
         self._sampler, self._index = Sampler(stream.scratch, stream.dtype), 0
 
     def run(self, later: int) -> None:
+        """Go through the model. Room is checked first, for this and for `later` bytes."""
         stream = self._stream
+        stream.data.check_any()
         stream.scratch.check_room(self._room_needed() + later, f"calibration with {stream.data.num_tokens} tokens")
         with stream.running():
             last = stream.forward(self._name, "rounding, forward", self._through)[len(stream.decoder.names)]

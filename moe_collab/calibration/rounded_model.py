@@ -18,7 +18,7 @@ from ..rounding import Grid, PackedGrid, Rounder
 from .at_hand import compute_device, float32_copy
 from .experts import ExpertWeights
 from .head import Head
-from .output_pass import output_pass
+from .output_pass import OutputPass
 from .progress import spread
 from .results import key_of
 from .run import Calibration
@@ -99,8 +99,8 @@ class RoundedModel:
         if any(self._missing(name, wanted) for name in wanted.everything):
             modules = {name: calibration.model.get_submodule(name) for name in wanted.linears}
             name = f"outputs-{key_of({name: str(scheme) for name, scheme in wanted.packed.items()})}"
-            stream, later = calibration.stream(calibration.learn), calibration.later
-            output_pass(stream, wanted.pairs, modules, name, of_group, of_linear, later)
+            stream = calibration.stream(calibration.learn)
+            OutputPass(stream, wanted.pairs, modules, name, of_group, of_linear).run(calibration.later)
             for name in wanted.linears:
                 if self._missing(name, wanted):
                     self._keep_linear(name, [], wanted)  # no token reaches it
