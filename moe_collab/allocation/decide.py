@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from loguru import logger
@@ -71,8 +71,7 @@ def decide(planner: Planner, measured: Measurements) -> Decided:
     except MoeCollabError:
         if not decisions:
             raise  # With pruning the error does not matter: a decision with fewer experts has been made above.
-    kl, decision = min(((measured.kl(d), d) for d in decisions), key=lambda pair: pair[0])
-    found = _against_uniform(planner, measured, Decided(decision, table, kl))
+    found = _best_of(planner, measured, table, decisions)
     if request.max_kl is not None and found.kl is not None and found.kl > request.max_kl:
         raise MoeCollabError(
             f"{request.key('max_kl')}: within the budget KL on held-out tokens is {found.kl:.4f}, over the "
@@ -96,25 +95,30 @@ def with_fewer_experts(planner: Planner, measured: Measurements, table: CostTabl
     return decision
 
 
-def _against_uniform(planner: Planner, measured: Measurements, found: Decided) -> Decided:
-    """`found`, compared with the best uniform scheme that fits and replaced by it where its KL is lower."""
-    best = planner.uniform(found.table)
-    if best is None:
-        return found
-    scheme, decision = best
-    kl = measured.kl(decision)
-    found = replace(found, uniform=str(scheme), uniform_kl=kl)
-    if found.kl is not None and found.kl <= kl:
-        return found
-    logger.warning(
-        "{}: on held-out tokens the allocation has a KL of {:.4f}, {} for all experts one of {:.4f}: that is used "
-        "instead",
-        planner.request.origin,
-        found.kl,
-        scheme,
-        kl,
-    )
-    return replace(found, decision=decision, kl=kl)
+def _best_of(planner: Planner, measured: Measurements, table: CostTable, decisions: list[Decision]) -> Decided:
+    """What proves best on held-out tokens: one of `decisions`, or the best uniform scheme that fits.
+
+    The uniform scheme is tried first and the decision that promises most last: then the model is already rounded as it
+    will be, unless another turns out to be better.
+    """
+    uniform = planner.uniform(table)
+    uniform_kl = None if uniform is None else measured.kl(uniform[1])
+    tried = [(measured.kl(decision), decision) for decision in sorted(decisions, key=lambda d: d.cost, reverse=True)]
+    kl, decision = min(reversed(tried), key=lambda pair: pair[0])
+    if uniform is None or uniform_kl is None:
+        return Decided(decision, table, kl)
+    scheme, alike = uniform
+    if uniform_kl < kl:
+        logger.warning(
+            "{}: on held-out tokens the allocation has a KL of {:.4f}, {} for all experts one of {:.4f}: that is used "
+            "instead",
+            planner.request.origin,
+            kl,
+            scheme,
+            uniform_kl,
+        )
+        kl, decision = uniform_kl, alike
+    return Decided(decision, table, kl, str(scheme), uniform_kl)
 
 
 def _smallest(planner: Planner, measured: Measurements, table: CostTable) -> Decided:

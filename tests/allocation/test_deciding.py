@@ -20,6 +20,7 @@ class ByWidth:
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
+        self.tried: list[Decision] = []
 
     def costs(self) -> CostTable:
         table = CostTable(tokens=100, routed_tokens={layer.name: [50] * 8 for layer in self._planner.outline.layers})
@@ -37,6 +38,7 @@ class ByWidth:
         return {layer.name: [0.01 * (index + 1) for index in range(8)] for layer in self._planner.outline.layers}
 
     def kl(self, decision: Decision) -> float:
+        self.tried.append(decision)
         costs = self.costs()
         return sum(costs.cost(name, scheme) for name, scheme in decision.schemes.items())
 
@@ -72,6 +74,18 @@ def test_experts_go_where_that_is_cheaper(checkpoint):
     decided = decide(planner, ByWidth(planner)).decision
     counts = {len(gone) for gone in decided.dropped.values()}
     assert len(counts) == 1 and counts.pop() > 0
+
+
+@pytest.mark.parametrize("pruning", ["none", "physical"])
+def test_the_decision_is_what_was_tried_last(checkpoint, pruning):
+    request = AllocationRequest(bpw=3.0, bits=(2, 4), group_sizes=(128,), pruning=pruning)
+    planner = Planner(outline_of_checkpoint(checkpoint), request)
+    measured = ByWidth(planner)
+    decided = decide(planner, measured)
+    # So it is already rounded. The uniform scheme came first.
+    assert measured.tried[-1] == decided.decision
+    assert len(measured.tried) == (2 if pruning == "none" else 3)
+    assert len(set(measured.tried[0].schemes.values())) == 1 and decided.uniform_kl > decided.kl
 
 
 def test_fixed_matrices_get_the_variant_that_pays(checkpoint):
