@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import MoeCollabError
 
-__all__ = ["MoeCollabError", "__version__", "load", "oneshot"]
+__all__ = ["MoeCollabError", "__version__", "load", "load_linearized", "oneshot"]
 __version__ = "0.1.0"
 
 if _find_spec("llmcompressor") is not None:
@@ -22,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from .checkpoint.load import load
 
         return load
+    if name == "load_linearized" and _find_spec("llmcompressor") is not None:
+        from .modifiers.glue.linearized import load_linearized
+
+        return load_linearized
     if name == "oneshot" and _find_spec("llmcompressor") is not None:
         from .modifiers.glue.work import oneshot
 

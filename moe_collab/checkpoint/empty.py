@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import MoeCollabError
+from .lazy import LazyTensor
 from .reader import Checkpoint
-from .twin import LazyTensor, dense_twin, stacked
+from .twin import complete_tensors, stacked, stacked_experts
 
 __all__ = ["EmptyModel", "model_of", "no_progress_bars", "stock_conversions"]
 
@@ -25,7 +26,9 @@ class EmptyModel:
 
     def __init__(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = Checkpoint(path)
-        twin = dense_twin(self.checkpoint, dtype)
+        self.stored = complete_tensors(self.checkpoint, dtype)
+        """The checkpoint's tensors by the names that they have there, or would have unquantized."""
+        twin = stacked_experts(self.checkpoint, self.stored)
         unread = {name: _Unread(tensor.like, tensor.read) for name, tensor in twin.items()}
         with no_progress_bars():
             self.model: Any = model_of(self.checkpoint, unread, dtype)
@@ -36,17 +39,20 @@ class EmptyModel:
 
             self.conversions: list[Any] = get_model_conversion_mapping(self.model)
         """How transformers gets from the checkpoint's tensors to the model's."""
-        self._sources = self._find_sources(twin)
+        self.converted: set[str] = set()
+        """Parameters that transformers makes of the checkpoint's tensors, instead of taking one under another name."""
+        self.sources = self._find_sources(twin)
+        """Parameter -> what to load for it, by name in the checkpoint."""
 
     def tensors(self, names: Iterable[str] | None = None) -> dict[str, LazyTensor]:
         """The tensors to load for the parameters `names`, or for all; of a tied weight, those of its other name."""
         if names is None:
-            return {name: tensor for tensors in self._sources.values() for name, tensor in tensors.items()}
-        return {name: tensor for one in names for name, tensor in self._sources.get(one, {}).items()}
+            return {name: tensor for tensors in self.sources.values() for name, tensor in tensors.items()}
+        return {name: tensor for one in names for name, tensor in self.sources.get(one, {}).items()}
 
     def tied(self) -> dict[str, str]:
         """Parameters that are not stored, as they are the same weight as another, by name -> that other's name."""
-        stored = {id(tensor): name for name, tensor in self.parameters.items() if name in self._sources}
+        stored = {id(tensor): name for name, tensor in self.parameters.items() if name in self.sources}
         same = {name: stored.get(id(tensor), name) for name, tensor in self.parameters.items()}
         return {name: other for name, other in same.items() if name != other}
 
@@ -72,6 +78,8 @@ class EmptyModel:
                 experts[target][pattern].append(twin[name])
             else:
                 sources[target][name] = twin[name]
+                if pattern is not None:
+                    self.converted.add(target)
         for target, found in experts.items():
             parts = [found[pattern] for pattern in stacks[next(iter(found))].source_patterns]
             sources[target][target] = stacked(target, parts, self.parameters[target].dtype)

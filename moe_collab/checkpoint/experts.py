@@ -12,7 +12,7 @@ from .reader import Checkpoint
 
 __all__ = ["absent_experts", "check_experts"]
 
-_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(weight|weight_packed)$")
+_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.(weight|weight_packed|qweight)$")
 _SELECTION_BIAS = re.compile(r"(?P<block>.*?)(\.gate)?\.e_score_correction_bias$")
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from ..errors import MoeCollabError
 from .empty import EmptyModel, model_of, stock_conversions
+from .lazy import LazyTensor
 from .reader import Checkpoint
-from .twin import LazyTensor, dense_twin
+from .twin import dense_twin
 
 __all__ = ["load", "stock_conversions", "write_dense_twin"]
 

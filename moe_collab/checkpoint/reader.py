@@ -136,14 +136,29 @@ class Checkpoint:
         except SafetensorError as error:
             raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._where[name]
+
+    @property
+    def quant_method(self) -> str | None:
+        """Who quantized the weights, as config.json says; None if nobody did."""
+        described = self.config.get("quantization_config")
+        if described is not None:
+            return str(described.get("quant_method", "compressed-tensors"))
+        return "modelopt" if (self.path / "hf_quant_config.json").exists() else None
+
     def _file_of(self, name: str) -> Any:
         """The open file that holds a tensor. Raises `MoeCollabError` if none does."""
         if name not in self._where:
             raise MoeCollabError(f"{self.path}: tensor {name} is missing. Copy or make the checkpoint again.")
         return self._files[self._where[name].name]
 
-    def _stored_like(self, name: str) -> torch.Tensor:
-        """A tensor's shape and type, on the meta device."""
+    def stored_like(self, name: str) -> torch.Tensor:
+        """A tensor's shape and type, on the meta device. Raises `MoeCollabError` if it is missing."""
         stored = self._file_of(name).get_slice(name)
         shape = stored.get_shape()
         nothing = stored[:0] if shape else stored[...]  # its type as torch calls it, for which nothing is read
@@ -151,7 +166,16 @@ class Checkpoint:
 
     def plain_tensor(self, name: str) -> torch.Tensor:
         """One tensor that is stored as the model computes with it. Raises `MoeCollabError` as `tensor`, or for NaN."""
-        tensor = self.tensor(name)
+        return self._without_nan(name, self.tensor(name))
+
+    def plain_slice(self, name: str, index: int) -> torch.Tensor:
+        """As `plain_tensor`, what lies at one index of its first dimension."""
+        try:
+            return self._without_nan(name, self._file_of(name).get_slice(name)[index])
+        except SafetensorError as error:
+            raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
+
+    def _without_nan(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if _has_nan(tensor):
             raise MoeCollabError(
                 f"{self._where[name]}: tensor {name} holds NaN, so the model would answer with garbage. Make the "
@@ -170,7 +194,8 @@ class Checkpoint:
             for pattern, group in self._patterns.get(key, ()):
                 if pattern.match(module):
                     return group
-        return self._of_linears if f"{module}.weight_packed" in self._where else None
+        quantized = f"{module}.weight_packed" in self or f"{module}.weight_scale" in self
+        return self._of_linears if quantized else None
 
     def quantized(self, module: str) -> Quantized:
         """Codes and scales of a packed module. Raises `MoeCollabError` for formats we cannot read."""
@@ -204,42 +229,3 @@ class Checkpoint:
         except MoeCollabError as error:
             raise MoeCollabError(f"{self._where[f'{module}.weight_packed']}: {module}: {error}") from error
         return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))
-
-    def dense_names(self) -> list[str]:
-        """Names of all tensors of the checkpoint's twin, in which every weight is stored unquantized."""
-        packed = set(self.quantized_modules())
-        names = []
-        for name in self._where:
-            module, _, suffix = name.rpartition(".")
-            if module not in packed or suffix not in SUFFIXES:
-                names.append(name)
-            elif suffix == "weight_packed":
-                names.append(f"{module}.weight")
-        return names
-
-    def dense_like(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """What `dense_tensor` gives, on the meta device: its shape and type, read from the headers."""
-        module = self._packed(name)
-        if module is None:
-            return self._stored_like(name)
-        rows, columns = self.tensor(f"{module}.weight_shape").tolist()
-        return torch.empty(
-            rows, columns, dtype=dtype or self._stored_like(f"{module}.weight_scale").dtype, device="meta"
-        )
-
-    def dense_tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor of the twin; a quantized weight is dequantized to `dtype`, or else to the type of its scales.
-
-        Raises `MoeCollabError` naming the tensor and its file if a scale is not finite or a plain tensor holds NaN.
-        """
-        module = self._packed(name)
-        return self.plain_tensor(name) if module is None else self.quantized(module).dequantized(dtype).contiguous()
-
-    def dense_tensors(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """All tensors of the twin by name, each as of `dense_tensor`; all of them are in memory then."""
-        return {name: self.dense_tensor(name, dtype) for name in self.dense_names()}
-
-    def _packed(self, name: str) -> str | None:
-        """The module whose quantized weight is what the twin calls `name`, None for any other tensor."""
-        module = name.removesuffix(".weight")
-        return module if module != name and f"{module}.weight_packed" in self._where else None

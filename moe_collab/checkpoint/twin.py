@@ -4,68 +4,90 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial, reduce
-from typing import Any
 
 import torch
 
 from ..architectures import PROJECTIONS, StackedExperts, find_family
 from ..errors import MoeCollabError
+from .dense import dense_tensors
 from .experts import absent_experts, check_experts
+from .lazy import LazyTensor
 from .reader import Checkpoint
 
-__all__ = ["LazyTensor", "dense_twin", "stacked"]
+__all__ = ["complete_tensors", "dense_twin", "separate_experts", "stacked", "stacked_experts"]
 
 _EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<index>\d+)\.(?P<projection>\w+)\.(?P<kind>weight|bias)$")
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that is read, and dequantized, when it is sliced: as transformers slices what it loads."""
-
-    like: torch.Tensor
-    """Its shape and type, on the meta device."""
-    read: Callable[[], torch.Tensor]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.read()[index]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its type."""
-        return self.like.dtype
-
-    def is_floating_point(self) -> bool:
-        """As of a tensor; transformers asks where config.json names no type."""
-        return self.like.is_floating_point()
 
 
 def dense_twin(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
     """The tensors of the twin by name; nothing but headers and tiny tensors is read before one of them is.
 
-    Quantized weights come in `dtype`, or else in the type of their scales; other tensors stay as they are. Absent
-    experts that the router's selection bias masks are zeros: loaders want them, routers never select them. Raises
-    `MoeCollabError` for an expert that is absent but not masked, and for a quantization we cannot read.
+    As `complete_tensors`, experts stacked as the family's own checkpoints have them.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "compressed-tensors")
-    if method != "compressed-tensors":
-        raise MoeCollabError(
-            f"{checkpoint.path}: quantized by {method}, which cannot be read here; unquantized checkpoints and those "
-            "of compressed-tensors can."
-        )
+    return stacked_experts(checkpoint, complete_tensors(checkpoint, dtype))
+
+
+def complete_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
+    """As `dense_tensors`, and all experts are there.
+
+    Absent experts that the router's selection bias masks are zeros: loaders want them, routers never select them.
+    Raises `MoeCollabError` for an expert that is absent but not masked, and for a quantization we cannot read.
+    """
+    tensors = dense_tensors(checkpoint, dtype)
     check_experts(checkpoint)
-    tensors = {
-        name: LazyTensor(checkpoint.dense_like(name, dtype), partial(checkpoint.dense_tensor, name, dtype))
-        for name in checkpoint.dense_names()
-    }
     for name, stored in absent_experts(checkpoint).items():
         like = tensors[stored].like
         tensors[name] = LazyTensor(like, partial(torch.zeros, like.shape, dtype=like.dtype))
     _check_shapes(checkpoint, tensors)
+    return tensors
+
+
+def stacked_experts(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`tensors` with each layer's experts stacked, if the family's own checkpoints have them so."""
     family = find_family(checkpoint.config.get("model_type"))
-    return _stack_experts(tensors, family.stacked) if family and family.stacked else tensors
+    return _stack_experts(tensors, family.stacked) if family and family.stacked else dict(tensors)
+
+
+def separate_experts(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`tensors` with each expert's matrices by themselves, of which a stack is read no further than one expert."""
+    family = find_family(checkpoint.config.get("model_type"))
+    if family is None or family.stacked is None:
+        return dict(tensors)
+    layout = family.stacked
+    found: dict[str, LazyTensor] = {}
+    stacks = {layout.gate_up: PROJECTIONS[:2], layout.down: PROJECTIONS[2:]}
+    stacks |= {f"{own}_bias": projections for own, projections in stacks.items()}
+    for name, tensor in tensors.items():
+        own = next((own for own in stacks if name.endswith(f".{own}")), None)
+        if own is None:
+            found[name] = tensor
+        else:
+            found |= _taken_apart(name.removesuffix(f".{own}"), tensor, stacks[own], layout)
+    return found
+
+
+def _taken_apart(
+    block: str, stack: LazyTensor, projections: Sequence[str], layout: StackedExperts
+) -> dict[str, LazyTensor]:
+    """The matrices, or biases, of each expert that `stack` is made of, with the names that they have by themselves."""
+    kind, shape = ("bias" if stack.like.ndim == 2 else "weight"), stack.like.shape[1:]
+    across, interleaved = layout.transposed and kind == "weight", layout.interleaved and len(projections) > 1
+    places = _places(shape[1] if across else shape[0], len(projections), interleaved)
+
+    def read(index: int, place: slice) -> torch.Tensor:
+        one = stack.one(index)
+        return (one.T if across else one)[place].contiguous()
+
+    found = {}
+    for projection, place in zip(projections, places, strict=True):
+        like = torch.empty(shape, dtype=stack.dtype, device="meta")
+        like = (like.T if across else like)[place].contiguous()
+        for index in range(len(stack.like)):
+            name = f"{block}.experts.{index}.{projection}.{kind}"
+            found[name] = LazyTensor(like, partial(read, index, place), stored_as=stack.stored_as, file=stack.file)
+    return found
 
 
 def _check_shapes(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> None:

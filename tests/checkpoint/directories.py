@@ -9,9 +9,15 @@ from safetensors.torch import save_file
 from moe_collab.checkpoint.atomic import (
     replace_directory,
 )
+from moe_collab.checkpoint.dense import dense_tensors
 from moe_collab.checkpoint.reader import Checkpoint
 
 OTHERS = ("consolidated.safetensors", "pytorch_model.bin", "adapter.safetensors", "notes.txt", "other.index.json")
+
+
+def read_dense(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, dequantized."""
+    return {name: tensor.read() for name, tensor in dense_tensors(Checkpoint(path)).items()}
 
 
 def write(directory: Path, value: float, shards: int = 1) -> None:

@@ -12,6 +12,8 @@ from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.checkpoint.verify import tensor_digest, verify, weight_digest
 from moe_collab.formats import dequantize, pack
 
+from .directories import read_dense
+
 NAME = "model.layers.0.mlp.experts.0.up_proj"
 
 
@@ -49,7 +51,7 @@ def change(directory, **changes):
 def test_reads_and_verifies(saved):
     directory, prints, digests, dense = saved
     verify(directory, prints, digests)
-    assert torch.equal(Checkpoint(directory).dense_tensors()[f"{NAME}.weight"], dense)
+    assert torch.equal(read_dense(directory)[f"{NAME}.weight"], dense)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_scale_that_is_not_finite_is_never_read(saved, bad):
     scale = load_file(directory / "model.safetensors")[f"{NAME}.weight_scale"]
     scale[3, 1] = bad
     change(directory, weight_scale=scale)
-    for read in (lambda: Checkpoint(directory).quantized(NAME), Checkpoint(directory).dense_tensors):
+    for read in (lambda: Checkpoint(directory).quantized(NAME), lambda: read_dense(directory)):
         with pytest.raises(MoeCollabError, match=r"model\.safetensors: .*weight_scale holds NaN or inf") as error:
             read()
         assert NAME in str(error.value)
@@ -105,7 +107,7 @@ def test_a_plain_tensor_with_nan_is_never_loaded(saved, dtype):
     tensors["norm.weight"] = tensors["norm.weight"].to(dtype)
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(MoeCollabError, match=r"model\.safetensors: tensor norm\.weight holds NaN"):
-        Checkpoint(directory).dense_tensors()
+        read_dense(directory)
     with pytest.raises(MoeCollabError, match=r"tensor norm\.weight holds NaN"):
         verify(directory, prints, digests)
 
@@ -115,7 +117,7 @@ def test_an_infinite_plain_tensor_may_be_meant(saved):
     tensors = load_file(directory / "model.safetensors")
     tensors["norm.weight"][2, 1] = -float("inf")  # as in masks
     save_file(tensors, directory / "model.safetensors")
-    assert Checkpoint(directory).dense_tensors()["norm.weight"].isinf().any()
+    assert read_dense(directory)["norm.weight"].isinf().any()
 
 
 def edit_config(directory, edit):
@@ -128,7 +130,7 @@ def test_a_class_target_means_every_packed_module(saved):
     directory, _, _, dense = saved
     edit_config(directory, lambda q: q["config_groups"]["group_0"].update(targets=["Linear"]))
     checkpoint = Checkpoint(directory)
-    assert torch.equal(checkpoint.dense_tensors()[f"{NAME}.weight"], dense)
+    assert torch.equal(read_dense(checkpoint.path)[f"{NAME}.weight"], dense)
     assert checkpoint.scheme("norm") is None
 
 

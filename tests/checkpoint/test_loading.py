@@ -99,8 +99,8 @@ def test_arguments_of_from_pretrained_are_passed_on_or_refused(tmp_path):
 
 def test_another_quantization_is_named(tmp_path):
     path = build_tiny("qwen3_moe", tmp_path / "tiny")
-    edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    with pytest.raises(MoeCollabError, match="quantized by fp8, which cannot be read"):
+    edit_config(path, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    with pytest.raises(MoeCollabError, match="quantized by modelopt, which cannot be read"):
         load(path)
 
 

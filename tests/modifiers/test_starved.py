@@ -10,6 +10,7 @@ from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.modifiers import expert_pruning, router_calibration
 from moe_collab.modifiers.glue import starved
 from moe_collab.moe_model import describe
+from tests.checkpoint.directories import read_dense
 
 from .conftest import load, run, samples
 
@@ -43,7 +44,7 @@ def path(tmp_path_factory):
 def test_they_are_rounded_from_their_originals(modifiers, path, tmp_path):
     model, originals = never_choosing(path)
     run(model, *modifiers, output=tmp_path / "out", moe_calibrate_all_experts=False)
-    dense = Checkpoint(tmp_path / "out").dense_tensors()
+    dense = read_dense(tmp_path / "out")
     for name, weight in originals.items():
         error = (dense[f"{name}.weight"] - weight).float().norm() / weight.float().norm()
         assert error < 0.2, name
@@ -55,7 +56,7 @@ def test_pruning_alone_keeps_originals_too(path, tmp_path):
     (tmp_path / "scores.json").write_text(str(scores).replace("'", '"'))
     prune = {"ExpertPruningModifier": {"retention": 0.75, "criterion": str(tmp_path / "scores.json")}}
     run(model, prune, GPTQ, output=tmp_path / "out", moe_calibrate_all_experts=False)
-    dense = Checkpoint(tmp_path / "out").dense_tensors()
+    dense = read_dense(tmp_path / "out")
     for name, weight in originals.items():
         found = dense[f"{name.replace('experts.5', 'experts.4')}.weight"]
         assert (found - weight).float().norm() / weight.float().norm() < 0.2, name

@@ -17,6 +17,7 @@ from moe_collab.checkpoint import shards
 from moe_collab.checkpoint.atomic import REJECTED
 from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.checkpoint.verify import tensor_digest
+from tests.checkpoint.directories import read_dense
 
 from .conftest import load, run
 from .test_saving import KEEP, ROUND, expert, on_disk
@@ -118,7 +119,7 @@ def test_quantized_weights_can_be_saved_unpacked(place, tiny, tmp_path):
     model = run(load(path) if place == "memory" else on_disk(path, tmp_path / "disk"), KEEP, ROUND)
     model.save_pretrained(tmp_path / "dense", save_compressed=False)
     model.save_pretrained(tmp_path / "packed")
-    dense, packed = load_file(tmp_path / "dense/model.safetensors"), Checkpoint(tmp_path / "packed").dense_tensors()
+    dense, packed = load_file(tmp_path / "dense/model.safetensors"), read_dense(tmp_path / "packed")
     assert all(torch.equal(dense[name], tensor) for name, tensor in packed.items())
     assert json.loads((tmp_path / "dense/config.json").read_text())["quantization_config"]["format"] == "dense"
 

@@ -12,6 +12,7 @@ from compressed_tensors.offload.cache import DiskCache
 from safetensors import safe_open
 
 from .packed_weights import PackedCache
+from .source_cache import SourceCache
 
 __all__ = ["few_of_each"]
 
@@ -35,9 +36,13 @@ def few_of_each(model: Any) -> list[str]:
 
 
 def _known_by(cache: Any, value: torch.Tensor) -> str:
-    if isinstance(cache, PackedCache) and value not in DiskCache.index:
-        return _values(cache.words)
-    if not isinstance(cache, DiskCache | PackedCache):
+    if isinstance(cache, PackedCache):
+        if cache.is_packed and value is cache.offloaded_values["weight"]:
+            return _values(cache.words)
+        cache = cache.inner
+    if isinstance(cache, SourceCache) and (source := cache.source_of(value)) is not None:
+        return f"{source.stored_as} {_file(source.file) if source.file else ''}"
+    if not isinstance(cache, DiskCache | SourceCache):
         return _values(value)
     entry = DiskCache.index[value]
     path = Path(entry["safetensors_file"])

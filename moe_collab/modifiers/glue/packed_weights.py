@@ -14,6 +14,7 @@ from torch import nn
 
 from ...distributed import store
 from ...rounding import PackedGrid
+from .source_cache import SourceCache
 
 __all__ = ["PackedCache", "is_packed", "write_rounded"]
 
@@ -25,8 +26,9 @@ class PackedCache(OffloadCache):
     and zero points that it has at the time. Another weight that is written to it is kept dense from then on.
     """
 
-    def __init__(self, inner: DiskCache, rounded: PackedGrid) -> None:
-        self._inner, self._scheme, self._shape = inner, rounded.scheme, rounded.shape
+    def __init__(self, inner: DiskCache | SourceCache, rounded: PackedGrid) -> None:
+        self.inner, self._scheme, self._shape = inner, rounded.scheme, rounded.shape
+        """What has the other tensors."""
         self.words = rounded.words
         """The packed codes."""
         weight = inner.offloaded_values["weight"]
@@ -48,35 +50,35 @@ class PackedCache(OffloadCache):
     @property
     def onload_device(self) -> Any:  # type: ignore[override]
         """Where tensors are read to."""
-        return self._inner.onload_device
+        return self.inner.onload_device
 
     @onload_device.setter
     def onload_device(self, device: Any) -> None:
-        self._inner.onload_device = device
+        self.inner.onload_device = device
 
     @property
     def offload_device(self) -> Any:  # type: ignore[override]
         """Where they are kept."""
-        return self._inner.offload_device
+        return self.inner.offload_device
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
         """As `OffloadCache.onload`."""
         if offloaded is not self._weight:
-            return self._inner.onload(offloaded)
+            return self.inner.onload(offloaded)
         values = self.rounded.values(torch.device(self.onload_device))
         return nn.Parameter(values.to(self._weight.dtype), requires_grad=False)
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """As `OffloadCache.offload`."""
-        return self._inner.offload(tensor)
+        return self.inner.offload(tensor)
 
     def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
         """As `OffloadCache.update_offload`."""
         if offloaded is not self._weight or data is None:
-            self._inner.update_offload(offloaded, data)
+            self.inner.update_offload(offloaded, data)
             return
         dense = nn.Parameter(data.detach().to(self._weight.dtype), requires_grad=False)
-        self.offloaded_values["weight"] = self._inner.offload(dense)
+        self.offloaded_values["weight"] = self.inner.offload(dense)
 
 
 def is_packed(module: Any) -> bool:
@@ -91,7 +93,7 @@ def write_rounded(module: Any, rounded: PackedGrid) -> None:
     store(module, "weight_scale", rounded.scales.to(module.weight_scale.dtype))
     if rounded.zeros is not None:
         store(module, "weight_zero_point", rounded.zeros.to(module.weight_zero_point.dtype))
-    if isinstance(module._parameters, DiskCache):
+    if isinstance(module._parameters, DiskCache | SourceCache):
         module._parameters = PackedCache(module._parameters, rounded)
     else:
         store(module, "weight", rounded.values().to(module.weight.dtype))

@@ -1,0 +1,69 @@
+"""`quant_method: fp8`: weights in float8, a scale for each block; so DeepSeek-V3, Kimi-K2 and Qwen3 are published."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import ceil
+
+import torch
+
+from ..lazy import LazyTensor
+from ..reader import Checkpoint
+from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse
+
+__all__ = ["fp8_weights"]
+
+_SUFFIX = "_scale_inv"
+_ACTIVATIONS = ("input_scale", "activation_scale")
+"""Scales of activations, beside the weights; nothing here quantizes activations."""
+
+
+def fp8_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Weight]:
+    """The weights by name.
+
+    A matrix, or a stack of them, is stored under its own name, and its scales with `_scale_inv` appended. Scales
+    are float32, or powers of two: E8M0, as a type of its own or as bytes.
+    """
+    size = checkpoint.config["quantization_config"].get("weight_block_size")
+    dtype = dtype or config_dtype(checkpoint)
+    weights = {}
+    for scale in (name for name in checkpoint.names() if name.endswith(_SUFFIX)):
+        name = scale.removesuffix(_SUFFIX)
+        if name not in checkpoint:
+            refuse(checkpoint, scale, "are scales of a weight that is missing. Copy or make the checkpoint again")
+        shape = checkpoint.stored_like(name).shape
+        block = _block(size, shape)
+        expected = *shape[:-2], ceil(shape[-2] / block[0]), ceil(shape[-1] / block[1])
+        found = checkpoint.stored_like(scale).shape
+        if tuple(found) != expected and found.numel() != max(1, torch.Size(expected).numel()):
+            refuse(checkpoint, scale, f"is {list(found)}; a weight {list(shape)} in blocks of {block} needs {expected}")
+        read = partial(_read, checkpoint, name, expected, block, dtype)
+        tensor = LazyTensor(torch.empty(shape, dtype=dtype, device="meta"), read, partial(_one, read), name)
+        owner = name.rpartition(".")[0]
+        weights[name] = Weight(tensor, (name, scale, *present(checkpoint, (f"{owner}.{own}" for own in _ACTIVATIONS))))
+    for name in checkpoint.names():
+        if name.endswith(".weight") and name not in weights and checkpoint.stored_like(name).dtype.itemsize == 1:
+            refuse(checkpoint, name, f"is stored in 8 bits, but {name}{_SUFFIX} is missing. Make the checkpoint again")
+    return weights
+
+
+def _block(size: list[int] | None, shape: torch.Size) -> tuple[int, int]:
+    """(rows, columns) that share a scale; without `weight_block_size` all of a matrix do."""
+    return (shape[-2], shape[-1]) if size is None else (int(size[0]), int(size[1]))
+
+
+def _read(
+    checkpoint: Checkpoint,
+    name: str,
+    expected: tuple[int, ...],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    index: int | None = None,
+) -> torch.Tensor:
+    codes = checkpoint.plain_tensor(name) if index is None else checkpoint.plain_slice(name, index)
+    scales = checked_scales(checkpoint, name + _SUFFIX).reshape(expected)
+    return block_scaled(codes, scales if index is None else scales[index], block).to(dtype)
+
+
+def _one(read: partial[torch.Tensor], index: int) -> torch.Tensor:
+    return read(index=index)

@@ -1,0 +1,73 @@
+"""What the readers of all kinds of quantized checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from ...errors import MoeCollabError
+from ..lazy import LazyTensor
+from ..reader import Checkpoint
+
+__all__ = ["E2M1", "Weight", "block_scaled", "checked_scales", "config_dtype", "from_exponents", "present", "refuse"]
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The values of the 16 codes of four-bit floating-point numbers (OCP Microscaling Formats 1.0, 5.3.3)."""
+_BIAS = 127
+"""Of the exponents that E8M0 scales are (OCP Microscaling Formats 1.0, 5.4.1); 255 stands for NaN."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a checkpoint stores quantized."""
+
+    tensor: LazyTensor
+    """The weight dequantized."""
+    parts: tuple[str, ...]
+    """The tensors of the checkpoint that belong to it."""
+
+
+def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that config.json says the unquantized weights had; bfloat16 if it does not."""
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.bfloat16
+
+
+def present(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that the checkpoint has."""
+    return tuple(name for name in names if name in checkpoint)
+
+
+def checked_scales(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """The scales in tensor `name`, float32. Raises `MoeCollabError` if one is not finite."""
+    scales = checkpoint.tensor(name)
+    values = from_exponents(scales) if scales.dtype == torch.uint8 else scales.float()
+    if not torch.isfinite(values).all():
+        refuse(checkpoint, name, "holds NaN or infinity, so the weight would be garbage. Copy or make it again")
+    return values
+
+
+def from_exponents(exponents: torch.Tensor) -> torch.Tensor:
+    """E8M0 scales stored as bytes -> float32."""
+    values = torch.ldexp(torch.ones((), device=exponents.device), exponents.int() - _BIAS)
+    return values.masked_fill(exponents == 2 * _BIAS + 1, torch.nan)
+
+
+def block_scaled(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """`codes` [..., rows, columns] times the scale of each block of (rows, columns), float32.
+
+    `scales` [..., blocks of rows, blocks of columns]; the last block of either may be cut short.
+    """
+    rows, columns = codes.shape[-2:]
+    by_column = scales.repeat_interleave(block[1], -1)[..., :columns]
+    return codes.float() * by_column.repeat_interleave(block[0], -2)[..., :rows, :]
+
+
+def refuse(checkpoint: Checkpoint, name: str, problem: str) -> NoReturn:
+    """Raise `MoeCollabError` with the file that holds tensor `name`, and what is wrong with it."""
+    raise MoeCollabError(f"{checkpoint.file_of(name)}: {name} {problem}.")
