@@ -97,6 +97,7 @@ def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def to_gptq(path: Path, bits: int = 4, layout: str | None = "gptq", act_order: bool = False) -> Tensors:
     """Round to nearest and write as AutoGPTQ does; the rounded weights in float16."""
+    edit_config(path, dtype="float16")
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": act_order}
     tensors, write = rewrite(path, **config | ({"checkpoint_format": layout} if layout else {}))
     stored, dense, generator = {}, {}, torch.Generator().manual_seed(0)
@@ -124,6 +125,7 @@ def to_gptq(path: Path, bits: int = 4, layout: str | None = "gptq", act_order: b
 
 def to_awq(path: Path) -> None:
     """Round to nearest, 4 bits, and write as AutoAWQ does."""
+    edit_config(path, dtype="float16")
     tensors, write = rewrite(path, quant_method="awq", bits=4, group_size=32, zero_point=True, version="gemm")
     stored = {}
     for name, tensor in tensors.items():

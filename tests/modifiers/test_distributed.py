@@ -49,12 +49,16 @@ def test_two_processes_give_the_plan_of_one(family, tiny, tmp_path):
     assert_same(one, two)
 
 
-def run_in_two(model, folder, *modifiers):
-    """The recipe by two processes, each with half of the calibration set; the checkpoint is `folder / "out"`."""
+def run_in_two(model, folder, *modifiers, offload_folder=None):
+    """The recipe by two processes, each with half of the calibration set; the checkpoint is `folder / "out"`.
+
+    With `offload_folder` the model stays on disk.
+    """
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe(*modifiers))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     command += [str(model), str(folder / "recipe.yaml"), str(folder / "out")]
+    command += [str(offload_folder)] if offload_folder else []
     root = str(SCRIPT.parents[2])
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

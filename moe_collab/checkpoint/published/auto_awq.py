@@ -10,7 +10,7 @@ from ...errors import MoeCollabError
 from ...formats import dequantize
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import Weight, checked_scales, present, refuse
+from .weight import Weight, checked_scales, config_dtype, present, refuse
 
 __all__ = ["awq_weights"]
 
@@ -30,13 +30,13 @@ def awq_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
         raise MoeCollabError(
             f"{checkpoint.path}: AWQ of version {version} with {bits} bits cannot be read; gemm with 4 bits can."
         )
-    weights = {}
+    dtype, weights = dtype or config_dtype(checkpoint), {}
     for name in (name for name in checkpoint.names() if name.endswith(".qweight")):
         module = name.removesuffix(".qweight")
         (columns, words), scales = checkpoint.stored_like(name).shape, checkpoint.stored_like(f"{module}.scales")
         if scales.shape[1] != 8 * words or columns % scales.shape[0]:
             refuse(checkpoint, name, f"holds {columns} x {8 * words} codes, and its scales are {list(scales.shape)}")
-        like = torch.empty(8 * words, columns, dtype=dtype or scales.dtype, device="meta")
+        like = torch.empty(8 * words, columns, dtype=dtype, device="meta")
         read = partial(_read, checkpoint, module, like.dtype)
         parts = present(checkpoint, (f"{module}.{own}" for own in ("qweight", "qzeros", "scales")))
         weights[f"{module}.weight"] = Weight(LazyTensor(like, read, stored_as=name), parts)

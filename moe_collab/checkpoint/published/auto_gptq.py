@@ -10,7 +10,7 @@ from ...errors import MoeCollabError
 from ...formats import dequantize, unpack
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import Weight, checked_scales, present, refuse
+from .weight import Weight, checked_scales, config_dtype, present, refuse
 
 __all__ = ["gptq_weights"]
 
@@ -31,12 +31,12 @@ def gptq_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str,
             f"{checkpoint.path}: GPTQ in format {layout} with {bits} bits cannot be read; {' and '.join(_FORMATS)} "
             "with 2, 3, 4 or 8 bits can."
         )
-    weights = {}
+    dtype, weights = dtype or config_dtype(checkpoint), {}
     for name in (name for name in checkpoint.names() if name.endswith(".qweight")):
         module = name.removesuffix(".qweight")
         scales = checkpoint.stored_like(f"{module}.scales")
         shape = scales.shape[1], checkpoint.stored_like(name).shape[0] * 32 // bits
-        like = torch.empty(shape, dtype=dtype or scales.dtype, device="meta")
+        like = torch.empty(shape, dtype=dtype, device="meta")
         read = partial(_read, checkpoint, module, bits, layout == "gptq", like)
         parts = present(checkpoint, (f"{module}.{own}" for own in ("qweight", "qzeros", "scales", "g_idx")))
         weights[f"{module}.weight"] = Weight(LazyTensor(like, read, stored_as=name), parts)

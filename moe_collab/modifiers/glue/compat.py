@@ -28,6 +28,7 @@ from torch.utils.data import Sampler
 from ...errors import MoeCollabError
 
 __all__ = [
+    "DEQUANTIZED",
     "keep_attention_causal",
     "mend_llm_compressor",
     "output_directory",
@@ -37,6 +38,8 @@ __all__ = [
 
 offload_load = import_module("compressed_tensors.offload.load")
 
+DEQUANTIZED = "_moe_collab_dequantized"
+"""Attribute of a model whose weights are unquantized, whatever its checkpoint's are."""
 _MARK = "_moe_collab_in_one_piece"
 _MENDED = "_moe_collab_mended"
 _NO_LIMIT = 2**31
@@ -66,6 +69,7 @@ def mend_llm_compressor() -> None:
         (CustomDataset, "rename_columns", _tokenize_messages),
         (Subgraph, "forward", _let_our_errors_through),
         (Oneshot, "__call__", _remember_run),
+        (Oneshot, "validate_model", _take_dequantized),
         (offload_load, "from_accelerate", _keep_wide_tensors),
     ):
         stock = getattr(owner, name)
@@ -102,6 +106,12 @@ def _remember_run(stock: Callable, oneshot: Oneshot, *args: Any, **kwargs: Any) 
         end.callback(_OUTPUT.reset, _OUTPUT.set(oneshot.output_dir))
         end.callback(_END.reset, _END.set(end))
         return stock(oneshot, *args, **kwargs)
+
+
+def _take_dequantized(stock: Callable, oneshot: Oneshot, model: Any) -> None:
+    """A model whose checkpoint is quantized is refused, by that checkpoint's config; ours are dequantized by then."""
+    if not getattr(model, DEQUANTIZED, False):
+        stock(oneshot, model)
 
 
 def _keep_wide_tensors(stock: Callable, model: Any) -> Any:

@@ -25,6 +25,8 @@ from ...checkpoint.empty import EmptyModel, stock_conversions
 from ...checkpoint.lazy import LazyTensor
 from ...checkpoint.twin import separate_experts
 from ...errors import MoeCollabError
+from ...kernels.memory import available_memory
+from .compat import DEQUANTIZED
 from .naming import checkpoint_tensors, use_checkpoint_names
 from .source_cache import offload_to_source
 
@@ -47,17 +49,29 @@ def load_linearized(
     family_of(model.config)  # of one that we do not know nothing could be compressed
     fused = _linearize(model)
     use_checkpoint_names(model)
+    setattr(model, DEQUANTIZED, True)
     wanted = dict(model.state_dict(keep_vars=True))
     sources = _sources(empty, wanted, fused)
     if offload_folder is not None:
         _leave(model, sources | {name: sources[other] for name, other in empty.tied().items()}, Path(offload_folder))
         return model
+    _check_memory(sum(wanted[name].nbytes for name in sources), path)
     for name, source in sources.items():
         values = source.read().to(wanted[name].dtype)
         _set(model, name, nn.Parameter(values) if isinstance(wanted[name], nn.Parameter) else values)
     for name, other in empty.tied().items():
         _set(model, name, model.get_parameter(other))
     return model
+
+
+def _check_memory(needed: int, path: str | Path) -> None:
+    """Raise `MoeCollabError` if the dense weights do not fit in memory."""
+    free = available_memory()
+    if free and needed > free:
+        raise MoeCollabError(
+            f"{path}: the dense weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free. Name "
+            "an `offload_folder`: then they stay on disk."
+        )
 
 
 def _linearize(model: Any) -> list[str]:

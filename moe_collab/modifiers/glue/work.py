@@ -31,6 +31,7 @@ from .compat import output_directory, when_run_ends
 from .data import one_pass
 from .domains import token_domains
 from .likeness import few_of_each
+from .linearized import load_linearized
 from .outline import model_fingerprint
 from .recipe import modifiers_of_this_pass
 
@@ -43,11 +44,16 @@ _PLACES = {"work", "plan", "costs", "statistics"}
 """Fields of modifiers that only say where something is kept."""
 
 
-def oneshot(*args: Any, work: str | Path | None = None, **options: Any) -> Any:
-    """llm-compressor's `oneshot` with the same arguments, which works in directory `work` if one is named."""
+def oneshot(model: Any, *args: Any, work: str | Path | None = None, **options: Any) -> Any:
+    """llm-compressor's `oneshot` with the same arguments, which works in directory `work` if one is named.
+
+    A `model` that is a folder is opened by `load_linearized`, so its weights may be quantized; in memory.
+    """
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        model = load_linearized(model)
     token = _WORK.set(None if work is None else str(work))
     try:
-        found = llmcompressor.oneshot(*args, **options)
+        found = llmcompressor.oneshot(model, *args, **options)
     finally:
         _WORK.reset(token)
     if work is not None and not (Path(work).expanduser() / _IDENTITY).exists():
