@@ -36,15 +36,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from llmcompressor.utils import load_context
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from moe_collab import MoeCollabError, oneshot
+from moe_collab import MoeCollabError, load_linearized, oneshot
 from moe_collab.architectures import family_of, text_config
 from moe_collab.calibration.at_hand import compute_device
 from moe_collab.checkpoint.atomic import replace_file, replace_text
@@ -324,11 +323,7 @@ def compress(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Load the model from disk, plan, round and save; what the plan expected and what there is."""
     announce("load")
     shutil.rmtree(output / OFFLOAD, ignore_errors=True)  # of a run that was killed
-    (output / OFFLOAD).mkdir()
-    with load_context():
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments["source"], dtype="auto", device_map="auto_offload", offload_folder=str(output / OFFLOAD)
-        )
+    model = load_linearized(arguments["source"], offload_folder=output / OFFLOAD)
     experts = sum(layer.num_experts for layer in describe(model).layers)
     announce("prepare")
     rows: Any = load_file(output / TOKENS)["calibration"]

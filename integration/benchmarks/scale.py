@@ -24,14 +24,14 @@ from typing import Any
 
 from moe_collab import MoeCollabError
 
-from ..compress import FIXTURE
+from ..compress import FIXTURE, checkpoint_size
 from .expert_speed import EXPERTS, growth_row, speed_row
 from .peak import machine
 from .rows import Rows
 from .sampled import extrapolated
 from .scale_jobs import PLANNED, SAMPLED, run_job
 from .scale_report import RECIPES, broken_claims, table
-from .shapes import DEEPSEEK, OLMOE, SMALL, Shape, check_room, make_model
+from .shapes import DEEPSEEK, GPT_OSS, OLMOE, SMALL, Shape, check_room, make_model
 from .ways import WAYS, run_way
 
 NARROW = SMALL.resized(hidden_size=512, num_attention_heads=4, num_key_value_heads=4, num_experts=8)
@@ -49,6 +49,8 @@ class Case:
     recipe: str
     tokens: int
     """For calibration."""
+    quantized: str | None = None
+    """How the model is stored, if not in bfloat16."""
     serve: bool = False
     """Reload the checkpoint, and compare what vLLM generates from it."""
     sample: int = 0
@@ -59,6 +61,10 @@ CASES = {
     "olmoe-4": Case(OLMOE.resized(num_hidden_layers=4), "prune", 2048, serve=True, sample=8),
     "olmoe-16": Case(OLMOE, SAMPLED, 2048, sample=8),
     "deepseek-layer": Case(DEEPSEEK, SAMPLED, 2048, sample=8),
+    "olmoe-4-fp8": Case(OLMOE.resized(num_hidden_layers=4), "prune", 2048, "fp8", sample=8),
+    "gpt-oss-4": Case(GPT_OSS.resized(num_hidden_layers=4), "prune", 2048, sample=8),
+    "gpt-oss-4-mxfp4": Case(GPT_OSS.resized(num_hidden_layers=4), "prune", 2048, "mxfp4", sample=8),
+    "deepseek-layer-fp8": Case(DEEPSEEK, SAMPLED, 2048, "fp8", sample=8),
     "gptq-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "stock GPTQ", 8192),
     "ours-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "our rounding", 8192),
     "outputs-olmoe-layer": Case(OLMOE.resized(num_hidden_layers=1), "our rounding, outputs", 8192),
@@ -100,10 +106,12 @@ class ScaleBench:
 
     def _compressed(self, name: str, folder: Path) -> dict[str, Any]:
         case = self._cases[name]
-        size = case.shape.num_bytes
         # Checkpoint and changed weights are smaller than the model, samples much smaller.
-        check_room(self._folder, size * 5 // 4 if case.recipe == SAMPLED else 2 * size)
-        job: dict[str, Any] = {"source": str(make_model(case.shape, folder / "model")), "way": "disk"}
+        dense = case.shape.num_bytes
+        check_room(self._folder, dense * 5 // 4 if case.recipe == SAMPLED else 2 * dense)
+        source = make_model(case.shape, folder / "model", quantized=case.quantized)
+        size = checkpoint_size(source)
+        job: dict[str, Any] = {"source": str(source), "way": "disk"}
         job |= {"recipe": case.recipe, "tokens": case.tokens, "sample": case.sample}
         if case.serve and self._serve:
             job["serve"] = str(self._serve.absolute())
@@ -111,8 +119,9 @@ class ScaleBench:
         if case.sample:
             found.result["sampled"] = extrapolated(found.result["sampled"], found.stages, size)
         compressing = [stage for name, stage in found.stages.items() if name not in ("plain reading", "serve")]
+        layers, stored = case.shape.config["num_hidden_layers"], case.quantized or "bf16"
         return {
-            "model": f"{case.shape.family}, {case.shape.config['num_hidden_layers']} layers",
+            "model": f"{case.shape.family}, {layers} layers, {stored}",
             "model_bytes": size,
             "recipe": case.recipe,
             "tokens": case.tokens,

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from llmcompressor.modeling.moe.linearize import load_quantizable_moe
-from llmcompressor.utils import load_context
 from loguru import logger
 from torch import distributed
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
 
-from moe_collab import oneshot
+from moe_collab import load_linearized, oneshot
 from moe_collab.allocation import CostTable, compression_plan
 from moe_collab.allocation.decide import Decided
 from moe_collab.distributed import is_source_process
@@ -65,7 +62,7 @@ def run_job(job: dict[str, Any], folder: Path) -> None:
     if job["way"] == "torchrun":
         distributed.init_process_group("gloo")
         data = own_share(data)
-    model = load(source, work / "offload" if job["way"] == "disk" else None, job.get("attention", "sdpa"))
+    model = load(source, work / "offload" if job["way"] == "disk" else None, job.get("attention"))
     at_load = reads.asked_of_source
     if job.get("sample"):
         result["sampled"] = measure_sampled(model, data, job["sample"], work / "scratch", reads)
@@ -164,15 +161,11 @@ def own_share(data: DataLoader) -> DataLoader:
     return DataLoader(samples[distributed.get_rank() * own :][:own], batch_size=BATCH)
 
 
-def load(source: Path, offload: Path | None, attention: str = "sdpa") -> Any:
+def load(source: Path, offload: Path | None, attention: str | None = None) -> Any:
     """The model with its experts linearized, in memory, or all of it on disk if `offload` is a folder for changes."""
-    where: dict[str, Any] = {"attn_implementation": attention}
-    if offload is not None:
-        offload.mkdir(parents=True)
-        where |= {"device_map": "auto_offload", "max_memory": {"cpu": 100_000}, "offload_folder": str(offload)}
-    # Of several processes, load_context() insists on an accelerator.
-    with load_quantizable_moe() if distributed.is_initialized() else load_context():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **where)
+    model = load_linearized(source, offload_folder=offload)
+    if attention is not None:
+        model.set_attn_implementation(attention)
     keep_attention_causal(model)
     return model
 

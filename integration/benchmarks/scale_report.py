@@ -12,7 +12,8 @@ RECIPES = ("prune", "all")
 """Whose peaks must not grow with the model."""
 FLAT = {"layers": 0.05, "tokens": 0.20}
 """How much the peaks of such rows may differ."""
-CEILINGS = {"olmoe-16": 5_000_000_000, "deepseek-layer": 12_000_000_000}
+_OLMOE, _DEEPSEEK = ("olmoe-16", "olmoe-4-fp8", "gpt-oss-4-mxfp4"), ("deepseek-layer", "deepseek-layer-fp8")
+CEILINGS = dict.fromkeys(_OLMOE, 5_000_000_000) | dict.fromkeys(_DEEPSEEK, 12_000_000_000)
 """Row -> most bytes of memory that it may take."""
 
 SPEED = {"expert-qwen3-30b": 1 / 4, "expert-deepseek-v3": 1 / 3}

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, made on the spot: for what depends on sizes, not on what was learnt.
 
 Weights are heavy-tailed as trained ones are: Student's t with 5 degrees of freedom, times a lognormal scale for each
-input channel. Checkpoints have the layout that their family publishes: bfloat16 shards, an index, config.json, and a
+input channel. Checkpoints have the layout that their family publishes: shards, an index, config.json, and a
 byte-level tokenizer, so that of a vocabulary only the first 258 tokens have a text.
 """
 
@@ -30,8 +30,9 @@ from moe_collab.architectures import find_family
 from moe_collab.checkpoint.load import stock_conversions
 
 from ..tiny_models import _byte_tokenizer
+from .stored import QUANTIZATIONS, stored_bytes, stored_like_published
 
-__all__ = ["DEEPSEEK", "OLMOE", "SMALL", "Shape", "check_room", "make_model"]
+__all__ = ["DEEPSEEK", "GPT_OSS", "OLMOE", "SMALL", "Shape", "check_room", "make_model"]
 
 _SHARD = 1 << 30
 _STEP = 1 << 22
@@ -103,6 +104,13 @@ OLMOE = Shape(
 )
 """OLMoE-1B-7B but for its vocabulary of 50,304: 13.8 GB."""
 
+GPT_OSS = Shape(
+    "gpt_oss",
+    {key: value for key, value in OLMOE.config.items() if key != "num_experts"}
+    | {"num_local_experts": 64, "head_dim": 128, "max_position_embeddings": 4096},
+)
+"""The family that is published in MXFP4, in OLMoE-1B-7B's size."""
+
 DEEPSEEK = Shape(
     "deepseek_v3",
     _COMMON
@@ -158,30 +166,36 @@ def check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def make_model(shape: Shape, path: Path, seed: int = 0, shard_bytes: int = _SHARD) -> Path:
+def make_model(
+    shape: Shape, path: Path, seed: int = 0, shard_bytes: int = _SHARD, quantized: str | None = None
+) -> Path:
     """Write a random model of this shape to `path`, shard by shard; the same bytes for the same seed.
 
-    Raises `MoeCollabError` if the disk has no room for it.
+    It is stored as it is, or `quantized` as one of `QUANTIZATIONS`. Raises `MoeCollabError` if the disk has no room.
     """
     path.mkdir(parents=True, exist_ok=True)
     tensors, family = shape.tensors(), find_family(shape.family)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    sizes = {name: stored_bytes(name, tensor, quantized) for name, tensor in tensors.items()}
+    total = sum(sizes.values())
     check_room(path, total)
     assert family is not None
-    shards = list(_shards(tensors, shard_bytes))
+    shards = list(_shards(sizes, shard_bytes))
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(
-            {name: _draw(name, tensors[name], family.router, seed) for name in names}, path / file, {"format": "pt"}
-        )
-        index |= dict.fromkeys(names, file)
+        stored: dict[str, torch.Tensor] = {}
+        for name in names:
+            stored |= stored_like_published(name, _draw(name, tensors[name], family.router, seed), quantized)
+        save_file(stored, path / file, {"format": "pt"})
+        index |= dict.fromkeys(stored, file)
     listing = {"metadata": {"total_size": total}, "weight_map": index}
     (path / "model.safetensors.index.json").write_text(json.dumps(listing, indent=1) + "\n")
     config = shape.transformers_config()
     with torch.device("meta"):
         config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     config.dtype = torch.bfloat16
+    if quantized:
+        config.quantization_config = QUANTIZATIONS[quantized]
     config.save_pretrained(path)
     _byte_tokenizer().save_pretrained(path)
     return path
@@ -195,16 +209,16 @@ def _place(name: str) -> tuple[float, list[str | int]]:
     return -1 if "embed" in name else math.inf, parts
 
 
-def _shards(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list[str]]:
+def _shards(sizes: dict[str, int], shard_bytes: int) -> Iterator[list[str]]:
     """Names in shards of at most `shard_bytes`, or one tensor."""
     names: list[str] = []
     size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > shard_bytes:
+    for name, num_bytes in sizes.items():
+        if names and size + num_bytes > shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)
-        size += tensor.nbytes
+        size += num_bytes
     yield names
 
 
@@ -215,6 +229,8 @@ def _draw(name: str, like: torch.Tensor, router: str, seed: int) -> torch.Tensor
         biased = name.endswith("bias")
         values = _BIASES * random.standard_normal(len(like)) if biased else _lognormal(random, _NORMS, len(like))
         return torch.from_numpy(values).to(like.dtype)
+    if like.ndim == 3:  # experts in a stack, the other way round
+        return torch.stack([_draw(f"{name}.{index}", one.T, router, seed).T for index, one in enumerate(like)])
     rows, columns = like.shape
     if name.endswith(f".{router}.weight"):
         values = random.standard_normal((rows, columns)) * _lognormal(random, _ROUTERS, rows)[:, None]

@@ -17,7 +17,7 @@ __all__ = ["dense_tensors"]
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
     """The tensors by name; nothing but headers and tiny tensors is read before one of them is.
 
-    Quantized weights come in `dtype`, or else in the type that their format's documents name; other tensors stay as
+    Quantized weights come in `dtype`, or else in the type that `quantized_weights` says; other tensors stay as
     they are. Raises `MoeCollabError` for a quantization we cannot read, and, when it is read, for a tensor that holds
     NaN or whose scales are not finite.
     """

@@ -1,10 +1,15 @@
 """Models opened as published, quantized or not, in memory or left on disk, are compressed as their dense twins are."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from llmcompressor import oneshot
 from llmcompressor.utils import load_context
+from safetensors.torch import load_file
 
 import moe_collab
 from integration.compress import recipe
@@ -72,6 +77,28 @@ def test_the_result_is_that_of_the_dense_twin(family, write, modifiers, tmp_path
     for place, folder in (("memory", None), ("disk", tmp_path / "offload")):
         run(moe_collab.load_linearized(source, offload_folder=folder), *modifiers, output=tmp_path / place)
         assert weights(tmp_path / place) == weights(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "scheme", ["W8A8", "W8A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4A16", "MXFP8", "NVFP4A16"]
+)
+def test_what_llm_compressor_writes_is_what_it_makes_of_it(scheme, tiny, tmp_path):
+    quantize = {"QuantizationModifier": {"targets": "Linear", "scheme": scheme, "ignore": ["lm_head", "re:.*gate$"]}}
+    oneshot(model=load(tiny("qwen3_moe")), recipe=recipe(quantize), dataset=samples(), output_dir=str(tmp_path))
+    if scheme == "NVFP4A16":
+        with pytest.raises(MoeCollabError, match=r"experts.*format nvfp4-pack-quantized is not one we can read"):
+            moe_collab.load_linearized(tmp_path)
+        return
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    (group,) = quantization["config_groups"].values()
+    compressor = BaseCompressor.get_value_from_registry(group["format"] or quantization["format"])
+    stored, found = load_file(tmp_path / "model.safetensors"), moe_collab.load_linearized(tmp_path).state_dict()
+    modules = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
+    assert len(modules) > 50
+    for module in modules:
+        own = {name.removeprefix(f"{module}."): t for name, t in stored.items() if name.startswith(f"{module}.")}
+        expected = compressor.decompress(own, QuantizationScheme.model_validate(group))["weight"]
+        assert torch.equal(found[f"{module}.weight"], expected), module
 
 
 def test_one_process_writes_what_two_write(tmp_path):

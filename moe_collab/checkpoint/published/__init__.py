@@ -32,8 +32,8 @@ _METHODS: dict[str, Callable[[Checkpoint, torch.dtype | None], dict[str, Weight]
 def quantized_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Weight]:
     """The weights that are stored quantized, by the name that they have unquantized.
 
-    They come in `dtype`, or else in the type of their scales, or in that of config.json where the scales are exponents
-    or belong to weights of method `fp8`. Raises `MoeCollabError` for a quantization that we cannot read.
+    They come in `dtype`, or else in that of config.json; those of compressed-tensors in the type of their scales,
+    unless these are exponents. Raises `MoeCollabError` for a quantization that we cannot read.
     """
     method = checkpoint.quant_method
     if method is None:
