@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import snapshot_download
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +46,7 @@ from moe_collab import MoeCollabError, load_linearized, oneshot
 from moe_collab.architectures import family_of, text_config
 from moe_collab.calibration.at_hand import compute_device
 from moe_collab.checkpoint.atomic import replace_file, replace_text
+from moe_collab.checkpoint.hub import model_folder
 from moe_collab.evaluation import compare
 from moe_collab.moe_model import describe
 from moe_collab.plan import CompressionPlan
@@ -62,11 +62,6 @@ from .server import serve
 EVIDENCE, TOKENS, CHECKPOINT, WORK, OFFLOAD = "real_model.json", "tokens.safetensors", "checkpoint", "work", "offload"
 """What there is in the output folder; the last two go when the checkpoint is there."""
 PACKAGES = ("moe-collab", "torch", "transformers", "llmcompressor", "compressed-tensors")
-FILES = {
-    "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"],
-    "ignore_patterns": ["*/*", "consolidated*"],
-}
-"""What is downloaded of a model: some have the same weights in other formats besides."""
 LENGTH, ROWS, BATCH = 512, 32, 8
 """Tokens of a sequence, or fewer, so that there are so many test sequences: the noise is judged by them."""
 LOCK = ".real_model.lock"
@@ -196,11 +191,11 @@ def vllm_version(python: Path) -> str:
 
 def find_model(name: str) -> tuple[Path, Any]:
     """A model's folder, downloaded if need be, and tokenizer. Raises `MoeCollabError` if it is no MoE model we know."""
+    source = model_folder(name).resolve()
     try:
-        source = Path(name if Path(name).exists() else snapshot_download(name, **FILES)).resolve()
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise MoeCollabError(f"{name}: neither the folder of a model, nor one that the hub gives: {error}") from error
+        raise MoeCollabError(f"{name}: its config or tokenizer cannot be read: {error}") from error
     family_of(config)
     if not checkpoint_size(source):
         raise MoeCollabError(f"{name}: there are no *.safetensors in {source}. Name a folder with a model's weights.")

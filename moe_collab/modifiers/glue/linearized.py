@@ -22,6 +22,7 @@ from torch import nn
 from ...architectures import family_of, text_config
 from ...calibration.at_hand import compute_device
 from ...checkpoint.empty import EmptyModel, stock_conversions
+from ...checkpoint.hub import model_folder
 from ...checkpoint.lazy import LazyTensor
 from ...checkpoint.twin import separate_experts
 from ...errors import MoeCollabError
@@ -36,7 +37,7 @@ __all__ = ["load_linearized"]
 def load_linearized(
     path: str | Path, dtype: torch.dtype | None = None, offload_folder: str | Path | None = None
 ) -> Any:
-    """The model of the checkpoint in folder `path`, for `oneshot(model=...)`: a Linear for each matrix of an expert.
+    """A model for `oneshot(model=...)`, with a Linear for each matrix of an expert; `path` is a folder or a hub's name.
 
     Quantized weights are dequantized tensor by tensor as they are read (README, "Published checkpoints", says which
     can be), to `dtype` or else that of config.json. With `offload_folder` all weights stay where they are, in the
@@ -44,7 +45,7 @@ def load_linearized(
     model is in memory. Raises `MoeCollabError`, before any weight is read, for a checkpoint that lacks a tensor, has
     one of the wrong shape, or is quantized in a way we cannot read.
     """
-    empty = EmptyModel(path, dtype)
+    empty = EmptyModel(model_folder(path), dtype)
     model = empty.model
     family_of(model.config)  # of one that we do not know nothing could be compressed
     fused = _linearize(model)

@@ -47,9 +47,9 @@ _PLACES = {"work", "plan", "costs", "statistics"}
 def oneshot(model: Any, *args: Any, work: str | Path | None = None, **options: Any) -> Any:
     """llm-compressor's `oneshot` with the same arguments, which works in directory `work` if one is named.
 
-    A `model` that is a folder is opened by `load_linearized`, so its weights may be quantized; in memory.
+    A `model` that is a folder or a name on the hub is opened by `load_linearized`, so its weights may be quantized.
     """
-    if isinstance(model, str | Path) and Path(model).is_dir():
+    if isinstance(model, str | Path):
         model = load_linearized(model)
     token = _WORK.set(None if work is None else str(work))
     try:
