@@ -67,6 +67,8 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError) as error:
             hint = "Is this a checkpoint?"
+            if any(self.path.glob("*.gguf")):
+                hint = "GGUF files cannot be read. Get the model as *.safetensors."
             if was_cut_off(self.path):
                 hint = "A save was cut off while its files moved in here; the next save into this directory ends it."
             raise MoeCollabError(f"{self.path}/config.json: cannot be read ({error}). {hint}") from error

@@ -157,6 +157,12 @@ def test_what_we_do_not_know_is_refused_by_name(tiny, quantization, message):
         load(tiny)
 
 
+def test_gguf_is_refused_by_name(tmp_path):
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MoeCollabError, match="GGUF files cannot be read"):
+        load(tmp_path)
+
+
 def test_nvfp4_is_refused_also_where_another_file_tells_of_it(tiny):
     (tiny / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
     with pytest.raises(MoeCollabError, match="quantized by modelopt, which cannot be read"):
