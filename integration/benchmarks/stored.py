@@ -43,7 +43,7 @@ def _fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -columns % _BLOCK, 0, -rows % _BLOCK))
     blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))
-    scales = blocks.abs().amax((1, 3)).float() / _LARGEST
+    scales = blocks.abs().amax((1, 3)).float().clamp(min=1e-12) / _LARGEST
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn).flatten(2).flatten(0, 1)
     return {name: codes[:rows, :columns].contiguous(), f"{name}_scale_inv": scales}
 

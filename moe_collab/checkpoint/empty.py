@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..architectures import text_config
 from ..errors import MoeCollabError
 from .lazy import LazyTensor
 from .reader import Checkpoint
@@ -97,6 +99,7 @@ def model_of(
 
     path = checkpoint.path
     model_class, config = _class_and_config(checkpoint)
+    _check_layers(checkpoint, config)
     arguments = {"config": config, "state_dict": tensors, "dtype": dtype or "auto", "output_loading_info": True}
     if (path / "generation_config.json").exists():
         arguments["generation_config"] = transformers.GenerationConfig.from_pretrained(path)
@@ -114,6 +117,17 @@ def model_of(
         if report.get(kind):
             raise MoeCollabError(f"{path}: {kind.replace('_', ' ')} when loading: {sorted(map(str, report[kind]))[:5]}")
     return model.eval()
+
+
+def _check_layers(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise `MoeCollabError` if the config has more layers than there are; to build so many could take for ever."""
+    wanted = getattr(text_config(config), "num_hidden_layers", 0)
+    stored = {match[1] for name in checkpoint.names() if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    if stored and wanted > len(stored):
+        raise MoeCollabError(
+            f"{checkpoint.path}: config.json says {wanted} layers, but there are tensors of {len(stored)}. Copy or "
+            "make the checkpoint again."
+        )
 
 
 def _class_and_config(checkpoint: Checkpoint) -> tuple[Any, Any]:

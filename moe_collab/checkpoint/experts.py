@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import count
 
 from ..architectures import is_masked
 from ..errors import MoeCollabError
@@ -26,13 +27,16 @@ def check_experts(checkpoint: Checkpoint) -> None:
     for layer in stored.keys() | masks.keys():
         by_projection = stored.get(layer) or {"*": set()}
         anywhere = set().union(*by_projection.values())
-        mask = masks.get(layer, [False] * (max(anywhere, default=-1) + 1))
-        expected = {index for index, masked in enumerate(mask) if not masked or index in anywhere}
+        mask = masks.get(layer)
+        number = max(anywhere, default=-1) + 1 if mask is None else len(mask)
+        masked = set() if mask is None else {index for index, gone in enumerate(mask) if gone} - anywhere
         for projection, indices in by_projection.items():
-            if gone := sorted(expected - indices):
+            lacking = number - len(masked) - len(indices)  # not as a set: the largest index may be anything
+            if lacking > 0 or max(indices, default=-1) >= number:
+                first = next(index for index in count() if index not in indices and index not in masked)
                 raise MoeCollabError(
-                    f"{checkpoint.path}: {layer}.{gone[0]}.{projection} is missing (of {len(mask)} experts, "
-                    f"{len(gone)} lack it), and the router can select it. Copy or make the checkpoint again."
+                    f"{checkpoint.path}: {layer}.{first}.{projection} is missing (of {number} experts, "
+                    f"{lacking} lack it), and the router can select it. Copy or make the checkpoint again."
                 )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import MoeCollabError
 from ..formats import TERNARY_PACKED, dequantize, unpack, unpack_ternary
 from .atomic import was_cut_off
+from .targets import Targets
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
 
@@ -51,6 +50,14 @@ def check_scales(scale: torch.Tensor, rows: int, columns: int, weights: dict[str
         raise MoeCollabError("weight_scale holds NaN or infinity, so the weight would be garbage. Quantize it again.")
 
 
+def _json_object(file: Path) -> dict[str, Any]:
+    """What is in a JSON file. Raises `OSError`, `ValueError` or `RecursionError`."""
+    found = json.loads(file.read_text())
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
 def _has_nan(tensor: torch.Tensor) -> bool:
     """Whether a tensor of any type holds NaN; types of 8 bits are widened, as torch does not test all of them."""
     if not tensor.is_floating_point():
@@ -64,8 +71,8 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError) as error:
+            self.config = _json_object(self.path / "config.json")
+        except (OSError, ValueError, RecursionError) as error:
             hint = "Is this a checkpoint?"
             if any(self.path.glob("*.gguf")):
                 hint = "GGUF files cannot be read. Get the model as *.safetensors."
@@ -74,13 +81,14 @@ class Checkpoint:
             raise MoeCollabError(f"{self.path}/config.json: cannot be read ({error}). {hint}") from error
         self._files: dict[str, Any] = {}
         self._where: dict[str, Path] = {}
-        # The group that names no module but their class, as in uniform checkpoints.
-        self._of_linears: dict[str, Any] | None = None
         expected = self._index()
         for file in self._weight_files(expected):
             self._open(file)
         self._check_complete(expected)
-        self._patterns = self._compile()
+        quantization = self.config.get("quantization_config") or {}
+        if not isinstance(quantization, dict):
+            raise MoeCollabError(f"{self.path}/config.json: quantization_config is no JSON object.")
+        self._targets = Targets(self.path / "config.json", quantization)
 
     def _weight_files(self, expected: dict[str, str]) -> list[Path]:
         """The files that hold this checkpoint; others may lie there too, such as an adapter or consolidated weights."""
@@ -103,8 +111,11 @@ class Checkpoint:
         """Tensor name -> file name, empty for a checkpoint of one file."""
         index = self.path / "model.safetensors.index.json"
         try:
-            return dict(json.loads(index.read_text())["weight_map"]) if index.exists() else {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = dict(_json_object(index)["weight_map"]) if index.exists() else {}
+            if outside := [file for file in found.values() if Path(file).name != file]:
+                raise ValueError(f"{outside[0]} is no file beside it")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise MoeCollabError(f"{index}: cannot be read ({error!r}). Copy or make the checkpoint again.") from error
 
     def _check_complete(self, expected: dict[str, str]) -> None:
@@ -112,20 +123,6 @@ class Checkpoint:
         if missing or not self._where:
             what = f"tensors {missing[:5]}, named in the index," if missing else "*.safetensors files"
             raise MoeCollabError(f"{self.path}: {what} are missing. Copy or make the checkpoint again.")
-
-    def _compile(self) -> dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]]:
-        """Targets by the layer prefix they can match, so that a module is tried on few of them."""
-        patterns: dict[str, list[tuple[re.Pattern[str], dict[str, Any]]]] = defaultdict(list)
-        quantization = self.config.get("quantization_config") or {}
-        for group in quantization.get("config_groups", {}).values():
-            for target in group["targets"]:
-                pattern = re.compile(target[3:] if target.startswith("re:") else rf"^{re.escape(target)}$")
-                literal = re.match(r"re:\^((?:[\w]|\\\.)*?layers\\\.\d+)\\\.", target)
-                if target == "Linear":
-                    self._of_linears = group
-                else:
-                    patterns[literal[1].replace("\\", "") if literal else ""].append((pattern, group))
-        return patterns
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -163,7 +160,8 @@ class Checkpoint:
         """A tensor's shape and type, on the meta device. Raises `MoeCollabError` if it is missing."""
         stored = self._file_of(name).get_slice(name)
         shape = stored.get_shape()
-        nothing = stored[:0] if shape else stored[...]  # its type as torch calls it, for which nothing is read
+        # Its type as torch calls it, for which nothing is read; of no tensor without values can a part be taken.
+        nothing = self.tensor(name) if 0 in shape else stored[:0] if shape else stored[...]
         return torch.empty(shape, dtype=nothing.dtype, device="meta")
 
     def plain_tensor(self, name: str) -> torch.Tensor:
@@ -191,19 +189,27 @@ class Checkpoint:
 
     def scheme(self, module: str) -> dict[str, Any] | None:
         """The config group that targets `module`, None if it is not quantized."""
-        layer = re.match(r"(.*?layers\.\d+)\.", module)
-        for key in {layer[1] if layer else "", ""}:
-            for pattern, group in self._patterns.get(key, ()):
-                if pattern.match(module):
-                    return group
         quantized = f"{module}.weight_packed" in self or f"{module}.weight_scale" in self
-        return self._of_linears if quantized else None
+        return self._targets.find(module) or (self._targets.of_linears if quantized else None)
+
+    def packed_shape(self, module: str) -> tuple[int, int]:
+        """(rows, columns) of a packed weight. Raises `MoeCollabError` for what no packed weight has."""
+        name, packed = f"{module}.weight_shape", self.stored_like(f"{module}.weight_packed").shape
+        shape = self.tensor(name)
+        rows, columns = shape.tolist() if shape.dtype == torch.int64 and shape.shape == (2,) else (0, 0)
+        # No format has more columns in a word of 32 bits, whatever it stores words in.
+        if not (rows > 0 and 0 < columns <= 32 * packed[-1:].numel()) or packed[:1] != (rows,):
+            raise MoeCollabError(
+                f"{self.file_of(name)}: {name} is {shape.dtype} {shape.tolist()[:4] if shape.ndim else shape.item()}, "
+                f"and weight_packed {list(packed)}: they cannot be of one weight. Copy or make the checkpoint again."
+            )
+        return rows, columns
 
     def quantized(self, module: str) -> Quantized:
         """Codes and scales of a packed module. Raises `MoeCollabError` for formats we cannot read."""
         group = self.scheme(module)
-        if group is None:
-            raise MoeCollabError(f"{module}.weight_packed: no config group in config.json targets it.")
+        if group is None or group.get("weights") is None:
+            raise MoeCollabError(f"{module}.weight_packed: no config group in config.json with weights targets it.")
         layout = group.get("format") or self.config["quantization_config"].get("format")
         weights = group["weights"]
         bits, kind = weights["num_bits"], weights.get("type", "int")
@@ -214,7 +220,7 @@ class Checkpoint:
                 f"We read pack-quantized integers of 2 to 8 bits and {TERNARY_PACKED}."
             )
         scale = self.tensor(f"{module}.weight_scale")
-        rows, columns = self.tensor(f"{module}.weight_shape").tolist()
+        rows, columns = self.packed_shape(module)
         optional = {s: self.tensor(f"{module}.{s}") for s in SUFFIXES[3:] if f"{module}.{s}" in self._where}
         zero_point = optional.get("weight_zero_point")
         if (zero_point is None) != bool(weights.get("symmetric", True)):

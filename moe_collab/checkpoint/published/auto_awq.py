@@ -10,7 +10,7 @@ from ...errors import MoeCollabError
 from ...formats import dequantize
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import Weight, checked_scales, config_dtype, present, refuse
+from .weight import FLOATS, Weight, checked_scales, config_dtype, present, refuse, stored
 
 __all__ = ["awq_weights"]
 
@@ -33,9 +33,14 @@ def awq_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
     dtype, weights = dtype or config_dtype(checkpoint), {}
     for name in (name for name in checkpoint.names() if name.endswith(".qweight")):
         module = name.removesuffix(".qweight")
-        (columns, words), scales = checkpoint.stored_like(name).shape, checkpoint.stored_like(f"{module}.scales")
-        if scales.shape[1] != 8 * words or columns % scales.shape[0]:
-            refuse(checkpoint, name, f"holds {columns} x {8 * words} codes, and its scales are {list(scales.shape)}")
+        (columns, words), scales = (
+            stored(checkpoint, name, torch.int32),
+            stored(checkpoint, f"{module}.scales", *FLOATS),
+        )
+        if scales[1] != 8 * words or columns % scales[0]:
+            refuse(checkpoint, name, f"holds {columns} x {8 * words} codes, and its scales are {list(scales)}")
+        if f"{module}.qzeros" in checkpoint:
+            stored(checkpoint, f"{module}.qzeros", torch.int32)
         like = torch.empty(8 * words, columns, dtype=dtype, device="meta")
         read = partial(_read, checkpoint, module, like.dtype)
         parts = present(checkpoint, (f"{module}.{own}" for own in ("qweight", "qzeros", "scales")))

@@ -10,7 +10,7 @@ from ...errors import MoeCollabError
 from ...formats import dequantize, unpack
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import Weight, checked_scales, config_dtype, present, refuse
+from .weight import FLOATS, Weight, checked_scales, config_dtype, present, refuse, stored
 
 __all__ = ["gptq_weights"]
 
@@ -34,8 +34,11 @@ def gptq_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str,
     dtype, weights = dtype or config_dtype(checkpoint), {}
     for name in (name for name in checkpoint.names() if name.endswith(".qweight")):
         module = name.removesuffix(".qweight")
-        scales = checkpoint.stored_like(f"{module}.scales")
-        shape = scales.shape[1], checkpoint.stored_like(name).shape[0] * 32 // bits
+        words, _ = stored(checkpoint, name, torch.int32)
+        shape = stored(checkpoint, f"{module}.scales", *FLOATS)[1], words * 32 // bits
+        stored(checkpoint, f"{module}.qzeros", torch.int32)
+        if f"{module}.g_idx" in checkpoint:
+            stored(checkpoint, f"{module}.g_idx", torch.int32, torch.int64, ndim=1)
         like = torch.empty(shape, dtype=dtype, device="meta")
         read = partial(_read, checkpoint, module, bits, layout == "gptq", like)
         parts = present(checkpoint, (f"{module}.{own}" for own in ("qweight", "qzeros", "scales", "g_idx")))

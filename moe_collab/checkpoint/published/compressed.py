@@ -13,7 +13,7 @@ from ...formats import TERNARY_PACKED
 from ..lazy import LazyTensor
 from ..reader import SUFFIXES, Checkpoint
 from .mxfp4 import mxfp4_values
-from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse
+from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse, stored
 
 __all__ = ["compressed_weights"]
 
@@ -59,7 +59,7 @@ def _parts(checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
 
 
 def _packed(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) -> LazyTensor:
-    rows, columns = checkpoint.tensor(f"{module}.weight_shape").tolist()
+    rows, columns = checkpoint.packed_shape(module)
     dtype = dtype or checkpoint.stored_like(f"{module}.weight_scale").dtype
     like = torch.empty(rows, columns, dtype=dtype, device="meta")
     read = lambda: checkpoint.quantized(module).dequantized(dtype).contiguous()  # noqa: E731
@@ -68,9 +68,9 @@ def _packed(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) -> L
 
 def _mxfp4(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) -> LazyTensor:
     packed, name = f"{module}.weight_packed", f"{module}.weight_scale"
-    (rows, width), scales = checkpoint.stored_like(packed).shape, checkpoint.stored_like(name)
-    if tuple(scales.shape) != (rows, ceil(width / 16)) or width % 16 or scales.dtype.itemsize != 1:
-        refuse(checkpoint, name, f"is {scales.dtype} {list(scales.shape)}, not a byte for 32 of {rows} x {2 * width}")
+    (rows, width), scales = stored(checkpoint, packed, torch.uint8), stored(checkpoint, name, torch.uint8)
+    if scales != (rows, width // 16) or width % 16:
+        refuse(checkpoint, name, f"is {list(scales)}, not a byte for 32 of {rows} x {2 * width}")
     like = torch.empty(rows, 2 * width, dtype=dtype or config_dtype(checkpoint), device="meta")
 
     def read() -> torch.Tensor:
@@ -82,11 +82,12 @@ def _mxfp4(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) -> La
 def _in_place(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) -> LazyTensor:
     """A weight whose codes are stored as `weight`: by tensor, by channel, by group, or by block."""
     name, scale = f"{module}.weight", f"{module}.weight_scale"
-    group, stored = checkpoint.scheme(module), checkpoint.stored_like(name)
-    layout = None if group is None else _layout(checkpoint, group)
-    if group is None or layout not in _IN_PLACE or stored.dtype.itemsize != 1 or stored.ndim != 2:
-        refuse(checkpoint, name, f"is {stored.dtype} with scales beside it, in format {layout}, which cannot be read")
-    (rows, columns), scales = stored.shape, checkpoint.stored_like(scale)
+    group = checkpoint.scheme(module)
+    layout = None if group is None or group.get("weights") is None else _layout(checkpoint, group)
+    if group is None or layout not in _IN_PLACE:
+        refuse(checkpoint, name, f"has scales beside it and is in format {layout}, which cannot be read")
+    rows, columns = stored(checkpoint, name, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+    scales = checkpoint.stored_like(scale)
     block = _block(group["weights"], rows, columns)
     expected = ceil(rows / block[0]), ceil(columns / block[1])
     if scales.numel() != expected[0] * expected[1]:

@@ -7,9 +7,10 @@ from math import ceil
 
 import torch
 
+from ...errors import MoeCollabError
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse
+from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse, stored
 
 __all__ = ["fp8_weights"]
 
@@ -25,13 +26,17 @@ def fp8_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
     are float32, or powers of two: E8M0, as a type of its own or as bytes.
     """
     size = checkpoint.config["quantization_config"].get("weight_block_size")
+    sides = size if isinstance(size, list) else []
+    if size is not None and not (len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)):
+        raise MoeCollabError(f"{checkpoint.path}/config.json: weight_block_size is {size}, not two numbers of weights.")
     dtype = dtype or config_dtype(checkpoint)
     weights = {}
     for scale in (name for name in checkpoint.names() if name.endswith(_SUFFIX)):
         name = scale.removesuffix(_SUFFIX)
         if name not in checkpoint:
             refuse(checkpoint, scale, "are scales of a weight that is missing. Copy or make the checkpoint again")
-        shape = checkpoint.stored_like(name).shape
+        like = checkpoint.stored_like(name)
+        shape = stored(checkpoint, name, torch.float8_e4m3fn, torch.float8_e5m2, ndim=3 if like.ndim == 3 else 2)
         block = _block(size, shape)
         expected = *shape[:-2], ceil(shape[-2] / block[0]), ceil(shape[-1] / block[1])
         found = checkpoint.stored_like(scale).shape

@@ -8,7 +8,7 @@ import torch
 
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import E2M1, Weight, config_dtype, from_exponents, refuse
+from .weight import E2M1, Weight, config_dtype, from_exponents, refuse, stored
 
 __all__ = ["mxfp4_values", "mxfp4_weights"]
 
@@ -27,11 +27,11 @@ def mxfp4_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str
         scales = name + _SCALES
         if scales not in checkpoint:
             refuse(checkpoint, blocks, f"has no {scales} beside it. Copy or make the checkpoint again")
-        like, exponents = checkpoint.stored_like(blocks), checkpoint.stored_like(scales)
-        fits = like.ndim == 4 and like.shape[:-1] == exponents.shape
-        if not fits or like.shape[-1] != 16 or exponents.dtype != torch.uint8:
-            refuse(checkpoint, blocks, f"is {list(like.shape)} and its scales {list(exponents.shape)}: no MXFP4 stack")
-        experts, rows, groups, _ = like.shape
+        shape = stored(checkpoint, blocks, torch.uint8, ndim=4)
+        of_scales = stored(checkpoint, scales, torch.uint8, ndim=3)
+        if shape[-1] != 16 or shape[:-1] != of_scales:
+            refuse(checkpoint, blocks, f"is {list(shape)} and its scales {list(of_scales)}: no MXFP4 stack")
+        experts, rows, groups, _ = shape
         stack = torch.empty(experts, groups * 32, rows, dtype=dtype, device="meta")
         one = partial(_one, checkpoint, name, dtype)
         weights[name] = Weight(LazyTensor(stack, partial(_read, stack, one), one, blocks), (blocks, scales))

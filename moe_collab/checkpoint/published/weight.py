@@ -12,7 +12,20 @@ from ...errors import MoeCollabError
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
 
-__all__ = ["E2M1", "Weight", "block_scaled", "checked_scales", "config_dtype", "from_exponents", "present", "refuse"]
+__all__ = [
+    "E2M1",
+    "FLOATS",
+    "Weight",
+    "block_scaled",
+    "checked_scales",
+    "config_dtype",
+    "from_exponents",
+    "present",
+    "refuse",
+    "stored",
+]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of the 16 codes of four-bit floating-point numbers (OCP Microscaling Formats 1.0, 5.3.3)."""
@@ -41,6 +54,18 @@ def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def present(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
     """Those of `names` that the checkpoint has."""
     return tuple(name for name in names if name in checkpoint)
+
+
+def stored(checkpoint: Checkpoint, name: str, *dtypes: torch.dtype, ndim: int = 2) -> torch.Size:
+    """The shape of a tensor.
+
+    Raises `MoeCollabError` unless it is of one of these types and has `ndim` dimensions, none of them 0.
+    """
+    like = checkpoint.stored_like(name)
+    if like.dtype not in dtypes or like.ndim != ndim or not like.numel():
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        refuse(checkpoint, name, f"is {like.dtype} {list(like.shape)}, not {kinds} with {ndim} dimensions")
+    return like.shape
 
 
 def checked_scales(checkpoint: Checkpoint, name: str) -> torch.Tensor:
