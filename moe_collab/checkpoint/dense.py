@@ -26,7 +26,7 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> d
     tensors = {}
     for name in checkpoint.names():
         if name not in parts:
-            read, read_one = partial(checkpoint.plain_tensor, name), partial(checkpoint.plain_slice, name)
+            read, read_one = partial(checkpoint.plain_tensor, name), partial(checkpoint.plain_tensor, name)
             tensors[name] = LazyTensor(checkpoint.stored_like(name), read, read_one, name)
     tensors |= {name: weight.tensor for name, weight in weights.items()}
     return {name: replace(tensor, file=checkpoint.file_of(tensor.stored_as)) for name, tensor in tensors.items()}

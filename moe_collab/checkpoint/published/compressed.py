@@ -13,7 +13,7 @@ from ...formats import TERNARY_PACKED
 from ..lazy import LazyTensor
 from ..reader import SUFFIXES, Checkpoint
 from .mxfp4 import mxfp4_values
-from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse, stored
+from .weight import Weight, block_scaled, checked_scales, config_dtype, float8_values, present, refuse, stored
 
 __all__ = ["compressed_weights"]
 
@@ -97,7 +97,9 @@ def _in_place(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) ->
     zero = f"{module}.weight_zero_point"
 
     def read() -> torch.Tensor:
-        values = checkpoint.plain_tensor(name).float()
+        values = float8_values(checkpoint.tensor(name))
+        if values.sum().isnan():
+            refuse(checkpoint, name, "holds NaN, so the model would answer with garbage. Quantize it again")
         if zero in checkpoint:
             zeros = checkpoint.tensor(zero).float().reshape(expected)
             values -= block_scaled(torch.ones_like(values), zeros, block)

@@ -10,7 +10,7 @@ import torch
 from ...errors import MoeCollabError
 from ..lazy import LazyTensor
 from ..reader import Checkpoint
-from .weight import Weight, block_scaled, checked_scales, config_dtype, present, refuse, stored
+from .weight import Weight, block_scaled, checked_scales, config_dtype, float8_values, present, refuse, stored
 
 __all__ = ["fp8_weights"]
 
@@ -65,9 +65,11 @@ def _read(
     dtype: torch.dtype,
     index: int | None = None,
 ) -> torch.Tensor:
-    codes = checkpoint.plain_tensor(name) if index is None else checkpoint.plain_slice(name, index)
+    values = float8_values(checkpoint.tensor(name, index))
+    if values.sum().isnan():
+        refuse(checkpoint, name, "holds NaN, so the model would answer with garbage. Copy or make it again")
     scales = checked_scales(checkpoint, name + _SUFFIX).reshape(expected)
-    return block_scaled(codes, scales if index is None else scales[index], block).to(dtype)
+    return block_scaled(values, scales if index is None else scales[index], block).to(dtype)
 
 
 def _one(read: partial[torch.Tensor], index: int) -> torch.Tensor:

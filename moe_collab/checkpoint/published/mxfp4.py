@@ -41,10 +41,10 @@ def mxfp4_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str
 def mxfp4_values(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Bytes of two codes [rows, columns / 2] and scales [rows, columns / 32] -> [rows, columns], float32."""
     table = torch.tensor(E2M1)
-    pairs = torch.stack((table, table)).new_empty(256, 2)
-    pairs[:, 0], pairs[:, 1] = table.repeat(16), table.repeat_interleave(16)
-    values = pairs[packed.reshape(-1).int()].reshape(*scales.shape, 32)
-    return (values * scales[..., None]).flatten(-2)
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.float64).flatten()
+    # Two numbers are looked up as one of their joint length, which is not computed with.
+    values = pairs.index_select(0, packed.reshape(-1).int()).view(torch.float32)
+    return (values.reshape(*scales.shape, 32) * scales[..., None]).flatten(-2)
 
 
 def _read(stack: torch.Tensor, one: partial[torch.Tensor]) -> torch.Tensor:
@@ -56,7 +56,7 @@ def _read(stack: torch.Tensor, one: partial[torch.Tensor]) -> torch.Tensor:
 
 def _one(checkpoint: Checkpoint, name: str, dtype: torch.dtype, index: int) -> torch.Tensor:
     """Expert `index`, [columns, rows]."""
-    scales = from_exponents(checkpoint.plain_slice(name + _SCALES, index))
+    scales = from_exponents(checkpoint.tensor(name + _SCALES, index))
     if not torch.isfinite(scales).all():
         refuse(checkpoint, name + _SCALES, "holds NaN, so the weight would be garbage. Copy or make it again")
-    return mxfp4_values(checkpoint.plain_slice(name + _BLOCKS, index), scales).to(dtype).T
+    return mxfp4_values(checkpoint.tensor(name + _BLOCKS, index), scales).to(dtype).T
