@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import MoeCollabError
 from ..formats import TERNARY_PACKED, dequantize, unpack, unpack_ternary
 from .atomic import was_cut_off
+from .sizes import TORCH_TYPES
 from .targets import Targets
 
 __all__ = ["SUFFIXES", "Checkpoint", "Quantized"]
@@ -136,7 +137,10 @@ class Checkpoint:
         """
         try:
             file = self._file_of(name)
-            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+            if index is None:
+                return file.get_tensor(name)
+            with safe_open(self._where[name], "pt") as mapped:  # of a file that is not mapped all of a tensor is read
+                return mapped.get_slice(name)[index]
         except SafetensorError as error:
             raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
 
@@ -164,10 +168,12 @@ class Checkpoint:
     def stored_like(self, name: str) -> torch.Tensor:
         """A tensor's shape and type, on the meta device. Raises `MoeCollabError` if it is missing."""
         stored = self._file_of(name).get_slice(name)
-        shape = stored.get_shape()
-        # Its type as torch calls it, for which nothing is read; of no tensor without values can a part be taken.
-        nothing = self.tensor(name) if 0 in shape else stored[:0] if shape else stored[...]
-        return torch.empty(shape, dtype=nothing.dtype, device="meta")
+        dtype = TORCH_TYPES.get(stored.get_dtype())
+        if dtype is None:
+            raise MoeCollabError(
+                f"{self._where[name]}: tensor {name} has type {stored.get_dtype()}, which cannot be read here."
+            )
+        return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
 
     def plain_tensor(self, name: str, index: int | None = None) -> torch.Tensor:
         """As `tensor`, of one that is stored as the model computes with it. Raises `MoeCollabError` also for NaN."""

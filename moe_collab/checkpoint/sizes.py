@@ -7,10 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ..formats import TERNARY, ternary_width
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
+    "TORCH_TYPES",
     "TensorEntry",
     "checkpoint_bytes",
     "cut_into_shards",
@@ -45,6 +48,22 @@ _ENUMERATION = [
     "I64",
     "U64",
 ]
+TORCH_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+"""What torch calls the types of safetensors."""
 _RANK = {dtype: rank for rank, dtype in enumerate(reversed(_ENUMERATION))}
 
 

@@ -1,6 +1,8 @@
 """Reading, verifying and replacing checkpoints, whole and broken."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +204,18 @@ def test_a_truncated_file_is_named(saved):
 def test_no_checkpoint_at_all(tmp_path):
     with pytest.raises(MoeCollabError, match=r"config\.json: cannot be read"):
         Checkpoint(tmp_path)
+
+
+def test_of_a_stack_no_more_is_read_than_is_asked_for(tmp_path):
+    stack = torch.arange(64, dtype=torch.bfloat16)[:, None].expand(64, 1 << 18).contiguous()
+    save_file({"stack": stack}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    before = read()
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.stored_like("stack").shape == stack.shape
+    assert torch.equal(checkpoint.plain_tensor("stack", 5), stack[5])
+    assert read() - before < 1 << 20

@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, rev
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ...architectures import PROJECTIONS, family_of
-from ...checkpoint.sizes import TensorEntry
+from ...checkpoint.sizes import TORCH_TYPES, TensorEntry
 
 __all__ = [
     "checkpoint_entries",
@@ -23,17 +23,7 @@ __all__ = [
     "use_checkpoint_names",
 ]
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 
 
 def use_checkpoint_names(model: Any) -> None:
@@ -89,4 +79,4 @@ def checkpoint_entries(model: Any) -> list[TensorEntry]:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """What safetensors calls a dtype."""
-    return _DTYPES[dtype]
+    return _NAMES[dtype]
