@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.offload.cache import DiskCache, OffloadCache
+from compressed_tensors.offload.cache import DiskCache
 from torch import nn
 
 from ...distributed import store
 from ...rounding import PackedGrid
-from .source_cache import SourceCache
+from .source_cache import OuterCache, SourceCache
 
 __all__ = ["PackedCache", "is_packed", "write_rounded"]
 
 
-class PackedCache(OffloadCache):
+class PackedCache(OuterCache):
     """The parameters of a rounded module on disk. All but `weight` are where `inner`, whose place it takes, has them.
 
     `weight` is made of packed codes, which stay where they were written when the module was rounded, and of the scales
@@ -28,7 +28,6 @@ class PackedCache(OffloadCache):
 
     def __init__(self, inner: DiskCache | SourceCache, rounded: PackedGrid) -> None:
         self.inner, self._scheme, self._shape = inner, rounded.scheme, rounded.shape
-        """What has the other tensors."""
         self.words = rounded.words
         """The packed codes."""
         weight = inner.offloaded_values["weight"]
@@ -46,20 +45,6 @@ class PackedCache(OffloadCache):
         """The rounded weight, with the scales and zero points that the module has."""
         zeros = None if self._scheme.symmetric else self["weight_zero_point"]
         return PackedGrid(self._scheme, self._shape, self.words, self["weight_scale"], zeros)
-
-    @property
-    def onload_device(self) -> Any:  # type: ignore[override]
-        """Where tensors are read to."""
-        return self.inner.onload_device
-
-    @onload_device.setter
-    def onload_device(self, device: Any) -> None:
-        self.inner.onload_device = device
-
-    @property
-    def offload_device(self) -> Any:  # type: ignore[override]
-        """Where they are kept."""
-        return self.inner.offload_device
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
         """As `OffloadCache.onload`."""
