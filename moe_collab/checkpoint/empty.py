@@ -134,13 +134,20 @@ def _class_and_config(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The class that config.json names, or else that of a causal language model, and the config of the unquantized."""
     import transformers
 
-    name = next(iter(checkpoint.config.get("architectures") or []), "")
-    model_class: Any = getattr(transformers, name, None)
-    config = (model_class.config_class if model_class else transformers.AutoConfig).from_pretrained(checkpoint.path)
-    if model_class is None:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        model_class, config = type(model), model.config
+    try:
+        name = next(iter(checkpoint.config.get("architectures") or []), "")
+        model_class: Any = getattr(transformers, name, None)
+        config = (model_class.config_class if model_class else transformers.AutoConfig).from_pretrained(checkpoint.path)
+        if model_class is None:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            model_class, config = type(model), model.config
+    except Exception as error:  # transformers checks configs in many ways, each with errors of its own
+        raise MoeCollabError(
+            f"{checkpoint.path}/config.json: transformers cannot make a model of it: {error}"
+        ) from error
+    # Such as Kimi-K2's, whose class is DeepSeek-V3's: what transformers knows of the type it knows by that name.
+    config.model_type = type(config).model_type
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return model_class, config

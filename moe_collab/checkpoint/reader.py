@@ -140,8 +140,8 @@ class Checkpoint:
             if index is None:
                 return file.get_tensor(name)
             with safe_open(self._where[name], "pt") as mapped:  # of a file that is not mapped all of a tensor is read
-                return mapped.get_slice(name)[index]
-        except SafetensorError as error:
+                return mapped.get_slice(name)[index].clone()
+        except (SafetensorError, OSError) as error:
             raise MoeCollabError(f"{self._where[name]}: tensor {name} cannot be read ({error}).") from error
 
     def __contains__(self, name: str) -> bool:
@@ -154,8 +154,7 @@ class Checkpoint:
     @property
     def quant_method(self) -> str | None:
         """Who quantized the weights, as config.json says; None if nobody did."""
-        described = self.config.get("quantization_config")
-        if described is not None:
+        if described := self.config.get("quantization_config"):
             return str(described.get("quant_method", "compressed-tensors"))
         return "modelopt" if (self.path / "hf_quant_config.json").exists() else None
 
@@ -238,4 +237,10 @@ class Checkpoint:
                 codes = unpack(packed, bits, (rows, columns))
         except MoeCollabError as error:
             raise MoeCollabError(f"{self._where[f'{module}.weight_packed']}: {module}: {error}") from error
-        return Quantized(codes, scale, zero_point, optional.get("weight_g_idx"))
+        groups, known = optional.get("weight_g_idx"), torch.arange(scale.shape[1])
+        if groups is not None and not (groups.shape == (columns,) and torch.isin(groups, known).all()):
+            raise MoeCollabError(
+                f"{self._where[f'{module}.weight_g_idx']}: {module}.weight_g_idx does not name one of {len(known)} "
+                "groups for each column."
+            )
+        return Quantized(codes, scale, zero_point, groups)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import regex
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ..errors import MoeCollabError
 
@@ -19,12 +19,19 @@ _SECONDS = 1.0
 
 
 class _Weights(BaseModel):
+    model_config = ConfigDict(strict=True)  # what is read is what was checked: no number may be given as text
     num_bits: Annotated[int, Field(ge=1, le=32)]
     type: str = "int"
     strategy: str | None = None
     symmetric: bool = True
     group_size: int | None = None
-    block_structure: tuple[PositiveInt, PositiveInt] | None = None
+    block_structure: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> _Weights:
+        if self.strategy == "block" and self.block_structure is None:
+            raise ValueError("strategy block needs a block_structure")
+        return self
 
 
 class _Group(BaseModel):
@@ -56,25 +63,31 @@ class Targets:
             raise MoeCollabError(f"{path}: quantization_config.{where}: {problem['msg']}.") from error
         self._patterns: dict[str, list[tuple[regex.Pattern[str], dict[str, Any]]]] = defaultdict(list)
         """By the layer prefix that they can match, so that a module is tried on few of them."""
+        self._names: dict[str, dict[str, Any]] = {}
+        """The groups that name a module as it is."""
         self.of_linears: dict[str, Any] | None = None
         """The group that names no module but their class, as in uniform checkpoints."""
         for group in quantization.get("config_groups", {}).values():
             for target in group["targets"]:
                 if target == "Linear":
                     self.of_linears = group
-                else:
+                elif target.startswith("re:"):
                     self._add(target, group)
+                else:
+                    self._names[target] = group
 
     def _add(self, target: str, group: dict[str, Any]) -> None:
         literal = regex.match(r"re:\^((?:[\w]|\\\.)*?layers\\\.\d+)\\\.", target)
         try:
-            pattern = regex.compile(target[3:] if target.startswith("re:") else rf"^{regex.escape(target)}$")
+            pattern = regex.compile(target[3:])
         except regex.error as error:
             raise MoeCollabError(f"{self._path}: the target {target!r} is no regular expression ({error}).") from error
         self._patterns[literal[1].replace("\\", "") if literal else ""].append((pattern, group))
 
     def find(self, module: str) -> dict[str, Any] | None:
         """The group that names `module`, None if none does. Raises `MoeCollabError` if that cannot be found out."""
+        if module in self._names:
+            return self._names[module]
         layer = regex.match(r"(.*?layers\.\d+)\.", module)
         for key in dict.fromkeys((layer[1] if layer else "", "")):
             for pattern, group in self._patterns.get(key, ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 
 import torch
@@ -64,7 +65,11 @@ def separate_experts(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) 
         if own is None:
             found[name] = tensor
         else:
-            found |= _taken_apart(name.removesuffix(f".{own}"), tensor, stacks[own], layout)
+            block = name.removesuffix(f".{own}")
+            gate_up, down = (tensors[f"{block}.{stack}"].like.shape for stack in (layout.gate_up, layout.down))
+            # Qwen3-VL's own checkpoints lie across, those that transformers writes do not: the model's width tells.
+            across = layout.transposed or (gate_up[2] != down[1] and gate_up[1] == down[2])
+            found |= _taken_apart(block, tensor, stacks[own], replace(layout, transposed=across))
     return found
 
 

@@ -9,7 +9,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.utils import load_context
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moe_collab
 from integration.compress import recipe
@@ -111,7 +111,7 @@ def test_one_process_writes_what_two_write(tmp_path):
 
 def test_opening_writes_no_weights(tiny, tmp_path):
     model = moe_collab.load_linearized(tiny("qwen3_moe"), offload_folder=tmp_path / "offload")
-    written = sum(file.stat().st_size for file in (tmp_path / "offload").iterdir())
+    written = sum(file.stat().st_size for file in (tmp_path / "offload").rglob("*.safetensors"))
     assert written < 0.01 * sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
@@ -148,7 +148,7 @@ def test_oneshot_opens_a_folder(tmp_path):
 
 def test_what_does_not_fit_in_memory_is_refused_with_the_remedy(tiny, monkeypatch):
     monkeypatch.setattr(linearized, "available_memory", lambda: 1_000_000)
-    with pytest.raises(MoeCollabError, match=r"take 1\.\d GB|take 0\.0 GB, and 0\.0 GB .*offload_folder"):
+    with pytest.raises(MoeCollabError, match=r"of 1 processes take 0\.0 GB, and 0\.0 GB .*offload_folder"):
         moe_collab.load_linearized(tiny("qwen3_moe"))
 
 
@@ -158,3 +158,42 @@ def test_experts_too_few_or_too_many_are_refused(tmp_path, number):
     edit_config(path, num_local_experts=number, num_experts=number)
     with pytest.raises(MoeCollabError, match="do not fit the model in config"):
         moe_collab.load_linearized(path)
+
+
+def test_stacks_may_lie_across_as_qwen3_vl_publishes_them(tmp_path):
+    path = build_tiny("qwen3_vl_moe", tmp_path / "source")
+    expected = moe_collab.load_linearized(path).state_dict()
+    stored = load_file(path / "model.safetensors")
+    turned = {
+        n: t.mT.contiguous() if n.endswith(("gate_up_proj", "experts.down_proj")) else t for n, t in stored.items()
+    }
+    assert sum(turned[name].shape != tensor.shape for name, tensor in stored.items()) >= 2
+    save_file(turned, path / "model.safetensors", metadata={"format": "pt"})
+    found = moe_collab.load_linearized(path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tied_weight_stays_one_weight_on_disk(tiny, tmp_path):
+    model = moe_collab.load_linearized(tiny("qwen3_moe", tie_word_embeddings=True), offload_folder=tmp_path / "offload")
+    embeddings = model.model.embed_tokens
+    embeddings._parameters["weight"] = torch.ones_like(embeddings.weight)
+    assert (model.lm_head.weight == 1).all()
+
+
+def test_kimi_k2_is_opened_as_published(tmp_path):
+    path = build_tiny("kimi_k2", tmp_path / "source")
+    expected = moe_collab.load_linearized(path).state_dict()
+    edit_config(path, model_type="kimi_k2")
+    found = moe_collab.load_linearized(path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_knows_how_its_weights_are_dequantized(tmp_path):
+    path, lines = build_tiny("qwen3_moe", tmp_path / "source"), []
+    for layout in ("gptq", "gptq_v2"):
+        if layout == "gptq":
+            to_gptq(path)
+        else:
+            edit_config(path, quantization_config={"quant_method": "gptq", "bits": 4, "checkpoint_format": layout})
+        lines.append(few_of_each(moe_collab.load_linearized(path, offload_folder=tmp_path / "offload")))
+    assert lines[0] != lines[1]

@@ -26,7 +26,7 @@ def gptq_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str,
     """
     config = checkpoint.config["quantization_config"]
     layout, bits = config.get("checkpoint_format") or "gptq", config.get("bits")
-    if layout not in _FORMATS or bits not in (2, 3, 4, 8):
+    if layout not in _FORMATS or type(bits) is not int or bits not in (2, 3, 4, 8):
         raise MoeCollabError(
             f"{checkpoint.path}: GPTQ in format {layout} with {bits} bits cannot be read; {' and '.join(_FORMATS)} "
             "with 2, 3, 4 or 8 bits can."

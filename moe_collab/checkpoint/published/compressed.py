@@ -90,10 +90,13 @@ def _in_place(checkpoint: Checkpoint, module: str, dtype: torch.dtype | None) ->
     scales = checkpoint.stored_like(scale)
     block = _block(group["weights"], rows, columns)
     expected = ceil(rows / block[0]), ceil(columns / block[1])
-    if scales.numel() != expected[0] * expected[1]:
+    flat = scales.ndim == 1 and 1 in expected and scales.numel() == max(expected)
+    if tuple(scales.shape) != expected and not flat:
         refuse(checkpoint, scale, f"is {list(scales.shape)}, its scheme in config.json needs {list(expected)}")
     own = scales.dtype if scales.is_floating_point() and scales.dtype.itemsize > 1 else config_dtype(checkpoint)
     like = torch.empty(rows, columns, dtype=dtype or own, device="meta")
+    if f"{module}.weight_g_idx" in checkpoint:
+        refuse(checkpoint, name, "has columns in another order than its groups, which cannot be read in this format")
     zero = f"{module}.weight_zero_point"
 
     def read() -> torch.Tensor:

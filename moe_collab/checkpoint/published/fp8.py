@@ -40,7 +40,8 @@ def fp8_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
         block = _block(size, shape)
         expected = *shape[:-2], ceil(shape[-2] / block[0]), ceil(shape[-1] / block[1])
         found = checkpoint.stored_like(scale).shape
-        if tuple(found) != expected and found.numel() != max(1, torch.Size(expected).numel()):
+        one = found.numel() == 1 == torch.Size(expected).numel()  # of a whole tensor, with no dimension or some
+        if tuple(found) != expected and not one:
             refuse(checkpoint, scale, f"is {list(found)}; a weight {list(shape)} in blocks of {block} needs {expected}")
         read = partial(_read, checkpoint, name, expected, block, dtype)
         tensor = LazyTensor(torch.empty(shape, dtype=dtype, device="meta"), read, partial(_one, read), name)
@@ -48,6 +49,8 @@ def fp8_weights(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, 
         weights[name] = Weight(tensor, (name, scale, *present(checkpoint, (f"{owner}.{own}" for own in _ACTIVATIONS))))
     for name in checkpoint.names():
         if name.endswith(".weight") and name not in weights and checkpoint.stored_like(name).dtype.itemsize == 1:
+            if f"{name}_scale" in checkpoint:
+                refuse(checkpoint, name, f"has a {name}_scale, which cannot be read; fp8 with {_SUFFIX} can")
             refuse(checkpoint, name, f"is stored in 8 bits, but {name}{_SUFFIX} is missing. Make the checkpoint again")
     return weights
 

@@ -48,8 +48,10 @@ class Weight:
 
 def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type that config.json says the unquantized weights had; bfloat16 if it does not."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    nested, named = checkpoint.config.get("text_config"), None
+    for config in (nested if isinstance(nested, dict) else {}, checkpoint.config):
+        named = named or config.get("dtype") or config.get("torch_dtype")
+    name = str(named or "bfloat16").removeprefix("torch.")
     found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.bfloat16
 

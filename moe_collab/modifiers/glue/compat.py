@@ -39,7 +39,7 @@ __all__ = [
 offload_load = import_module("compressed_tensors.offload.load")
 
 DEQUANTIZED = "_moe_collab_dequantized"
-"""Attribute of a model whose weights are unquantized, whatever its checkpoint's are."""
+"""Attribute of a model whose weights are unquantized, whatever its checkpoint's are: how these were quantized."""
 _MARK = "_moe_collab_in_one_piece"
 _MENDED = "_moe_collab_mended"
 _NO_LIMIT = 2**31
@@ -110,7 +110,7 @@ def _remember_run(stock: Callable, oneshot: Oneshot, *args: Any, **kwargs: Any) 
 
 def _take_dequantized(stock: Callable, oneshot: Oneshot, model: Any) -> None:
     """A model whose checkpoint is quantized is refused, by that checkpoint's config; ours are dequantized by then."""
-    if not getattr(model, DEQUANTIZED, False):
+    if not hasattr(model, DEQUANTIZED):
         stock(oneshot, model)
 
 

@@ -11,6 +11,7 @@ from compressed_tensors.offload import disable_onloading
 from compressed_tensors.offload.cache import DiskCache
 from safetensors import safe_open
 
+from .compat import DEQUANTIZED
 from .packed_weights import PackedCache
 from .source_cache import SourceCache
 
@@ -26,13 +27,14 @@ def few_of_each(model: Any) -> list[str]:
     One that is still in the file it was loaded from is known by that file; of all others some values are read.
     """
     with disable_onloading():
-        return sorted(
+        lines = sorted(
             f"{name}.{own} {_known_by(cache, value)}"
             for name, module in model.named_modules()
             for cache in (module._parameters, module._buffers)
             for own, value in cache.items()
             if value is not None
         )
+    return [*lines, getattr(model, DEQUANTIZED, "")]
 
 
 def _known_by(cache: Any, value: torch.Tensor) -> str:
@@ -41,7 +43,7 @@ def _known_by(cache: Any, value: torch.Tensor) -> str:
             return _values(cache.words)
         cache = cache.inner
     if isinstance(cache, SourceCache) and (source := cache.source_of(value)) is not None:
-        return f"{source.stored_as} {_file(source.file) if source.file else ''}"
+        return f"{source.stored_as} {value.dtype} {_file(source.file) if source.file else ''}"
     if not isinstance(cache, DiskCache | SourceCache):
         return _values(value)
     entry = DiskCache.index[value]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from ...checkpoint.empty import EmptyModel, stock_conversions
 from ...checkpoint.hub import model_folder
 from ...checkpoint.lazy import LazyTensor
 from ...checkpoint.twin import separate_experts
+from ...distributed import agreed, everyones, is_source_process
 from ...errors import MoeCollabError
 from ...kernels.memory import available_memory
 from .compat import DEQUANTIZED
@@ -50,7 +53,7 @@ def load_linearized(
     family_of(model.config)  # of one that we do not know nothing could be compressed
     fused = _linearize(model)
     use_checkpoint_names(model)
-    setattr(model, DEQUANTIZED, True)
+    setattr(model, DEQUANTIZED, json.dumps(empty.checkpoint.config.get("quantization_config"), sort_keys=True))
     wanted = dict(model.state_dict(keep_vars=True))
     sources = _sources(empty, wanted, fused)
     if offload_folder is not None:
@@ -66,12 +69,13 @@ def load_linearized(
 
 
 def _check_memory(needed: int, path: str | Path) -> None:
-    """Raise `MoeCollabError` if the dense weights do not fit in memory."""
-    free = available_memory()
+    """Raise `MoeCollabError` if the dense weights do not fit in memory, once for each process."""
+    free, copies = available_memory(), len(everyones([None]))
+    needed *= copies
     if free and needed > free:
         raise MoeCollabError(
-            f"{path}: the dense weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free. Name "
-            "an `offload_folder`: then they stay on disk."
+            f"{path}: the dense weights of {copies} processes take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+            "memory are free. Name an `offload_folder`: then they stay on disk."
         )
 
 
@@ -120,14 +124,16 @@ def _sources(empty: EmptyModel, wanted: Mapping[str, torch.Tensor], fused: list[
 def _leave(model: nn.Module, sources: Mapping[str, LazyTensor], folder: Path) -> None:
     """Leave the model's tensors where they are stored; what changes is to be written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    # A folder of its own for each model, so that none finds what another has changed; the same in all processes.
+    own = Path(agreed(mkdtemp(prefix="changed-", dir=folder) if is_source_process() else "")).absolute()
     by_module: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
     for name, source in sources.items():
         owner, _, attribute = name.rpartition(".")
         by_module[owner][attribute] = source
     for name, module in model.named_modules():
         if module._parameters or module._buffers:
-            offload_to_source(module, by_module[name], compute_device(), str(folder))
-    logger.info("{} tensors stay in their checkpoint; what changes is written to {}", len(sources), folder)
+            offload_to_source(name, module, by_module[name], compute_device(), own)
+    logger.info("{} tensors stay in their checkpoint; what changes is written to {}", len(sources), own)
 
 
 def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
