@@ -10,6 +10,7 @@ from moe_collab.checkpoint.dense import dense_tensors
 from moe_collab.checkpoint.load import load, write_dense_twin
 from moe_collab.checkpoint.reader import Checkpoint
 from moe_collab.checkpoint.twin import separate_experts
+from moe_collab.formats import dequantize, unpack
 
 from .directories import read_dense
 from .packed import edit_config
@@ -88,18 +89,17 @@ def test_awq_is_what_compressed_tensors_makes_of_it(tiny):
     converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
     if not hasattr(converters, "AutoAWQConverter"):
         pytest.skip("this compressed-tensors has no such converter")
-    from compressed_tensors.compressors import BaseCompressor
-
     to_awq(tiny)
     converter = converters.AutoAWQConverter(group_size=32)
     tensors, found = load_file(tiny / "model.safetensors"), read_dense(tiny)
     modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     assert len(modules) > 40
-    scheme = converter._build_quant_config().config_groups["config_group_0"]
     for module in modules:
         own = {n: t for n, t in tensors.items() if n.startswith(f"{module}.")}
-        packed = {n.removeprefix(f"{module}."): t for n, t in converter.process(own).items()}
-        dense = BaseCompressor.get_value_from_registry("pack-quantized").decompress(packed, scheme)["weight"]
+        packed = {n.removeprefix(f"{module}."): t for n, t in (converter.process(own) or own).items()}
+        scales, shape = packed["weight_scale"], tuple(packed["weight_shape"].tolist())
+        zeros = unpack(packed["weight_zero_point"], 4, tuple(scales.shape), packed_dim=0)
+        dense = dequantize(unpack(packed["weight_packed"], 4, shape), scales, zeros)
         assert torch.equal(found[f"{module}.weight"], dense), module
 
 
