@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter, FP8BlockDequantizer
 from safetensors.torch import load_file, save_file
 
 from integration.tiny_models import build_tiny
@@ -50,14 +51,13 @@ def test_exponents_may_come_as_bytes(tiny):
 
 def test_fp8_blocks_may_be_cut_short_at_the_end(tiny):
     """As in DeepSeek-V3's kv_a_proj_with_mqa; compressed-tensors' converter knows it too."""
-    converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
     to_fp8(tiny)
     tensors = load_file(tiny / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     tensors[f"{name}.weight"] = torch.randn(200, 300).to(torch.float8_e4m3fn)
     tensors[f"{name}.weight_scale_inv"] = torch.rand(2, 3) + 0.5
     save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
-    expected = converters.FP8BlockDequantizer(targets=[r"re:.*q_proj"]).process(
+    expected = FP8BlockDequantizer(targets=[r"re:.*q_proj"]).process(
         {n: t for n, t in tensors.items() if n.startswith(name)}
     )
     assert torch.equal(read_dense(tiny)[f"{name}.weight"], expected[f"{name}.weight"])
@@ -86,11 +86,8 @@ def test_gptq_is_what_was_written(tiny, bits, layout, act_order):
 
 
 def test_awq_is_what_compressed_tensors_makes_of_it(tiny):
-    converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
-    if not hasattr(converters, "AutoAWQConverter"):
-        pytest.skip("this compressed-tensors has no such converter")
     to_awq(tiny)
-    converter = converters.AutoAWQConverter(group_size=32)
+    converter = AutoAWQConverter(group_size=32)
     tensors, found = load_file(tiny / "model.safetensors"), read_dense(tiny)
     modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     assert len(modules) > 40
